@@ -1,0 +1,284 @@
+"""Every setting of the project, described once.
+
+Three kinds of file are read here: `config/defaults.yaml` with its git-ignored overlay `config/local.yaml`
+(`Settings`), `components/<name>/component.yaml` (`Component`), and `site.json`, which the `control` role
+writes and which says where things run (`Site`).
+"""
+
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from torchrelay.errors import ConfigError
+
+Json = dict[str, Any]
+M = TypeVar("M", bound=BaseModel)
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
+
+
+class Frozen(BaseModel):
+    """A model that cannot change and that refuses keys it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Metric(Frozen):
+    """The figure that decides whether a version may be deployed."""
+
+    name: str = Field("accuracy", description="Name under which training logs it; higher is better.")
+    floor: float = Field(description="A candidate below this is refused.")
+    allowed_regression: float = Field(
+        0.0, ge=0, description="How far below the version in service a candidate may fall."
+    )
+
+
+class Golden(Frozen):
+    """Inputs whose outputs are recorded at training time and must be reproduced wherever the archive runs."""
+
+    samples: int = Field(16, ge=1, le=256, description="How many golden inputs to keep.")
+    tolerance: float = Field(1e-4, ge=0, description="Largest absolute difference of any number in an output.")
+
+
+class Training(Frozen):
+    """What `mlflow run` is given, as `-P name=value`."""
+
+    parameters: dict[str, str | int | float | bool] = Field(
+        default_factory=dict, description="Parameters of the MLproject's `main` entry point."
+    )
+
+
+class Serving(Frozen):
+    """How an engine instance runs this component."""
+
+    workers: int = Field(1, ge=1, le=64, description="Worker processes, one torch thread each.")
+    batch_size: int = Field(8, ge=1, le=1024, description="Requests that one forward pass may take together.")
+    max_batch_delay_ms: int = Field(1, ge=1, description="Longest wait for a batch to fill, in milliseconds.")
+    response_timeout_s: int = Field(30, ge=1, description="After this a request is given up, in seconds.")
+    max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Larger request bodies get a 413.")
+
+
+class Latency(Frozen):
+    """The latency objective."""
+
+    p99_ms: float = Field(100.0, gt=0, description="99th percentile at the gateway, in milliseconds.")
+
+
+class Monitoring(Frozen):
+    """Hints for the monitor."""
+
+    keep_inputs: bool = Field(False, description="Whether the prediction log may keep inputs.")
+
+
+class Component(Frozen):
+    """`components/<name>/component.yaml`: what the rest of the system knows of one ML component."""
+
+    name: Name = Field(description="Equal to the folder's name.")
+    description: str = Field(description="One sentence for people.")
+    task: Literal["classification", "regression"] = Field(description="Decides how a prediction is scored.")
+    data: str = Field(description="Where the data come from, and their licence.")
+    metric: Metric
+    golden: Golden = Golden()
+    training: Training = Training()
+    serving: Serving = Serving()
+    latency: Latency = Latency()
+    monitoring: Monitoring = Monitoring()
+
+
+class Settings(Frozen):
+    """`config/defaults.yaml` under `config/local.yaml` under the environment."""
+
+    state: Path = Field(Path(".torchrelay"), description="Folder for everything that runs or is written.")
+    keys: Path = Field(
+        Path("~/.config/torchrelay/keys"), description="Folder of the private signing keys, outside the checkout."
+    )
+    port_base: int = Field(18500, ge=1024, le=65000, description="First of the 100 ports this checkout may use.")
+    inventory: Path = Field(Path("inventory/local"), description="The Ansible inventory of the site.")
+    variant: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Which lock a component's environment is built from; auto looks for an NVIDIA GPU."
+    )
+    torch_index: str | None = Field(
+        None, description="Package index asked for torch when pip's own configuration has no build for the variant."
+    )
+    components: dict[Name, Json] = Field(
+        default_factory=dict, description="Overrides laid over a component's component.yaml, by name."
+    )
+
+
+class Node(Frozen):
+    """One serving node, as the control node sees it."""
+
+    name: str
+    folder: Path = Field(description="The node's own folder, on the node.")
+    connection: Literal["local"] = "local"
+
+
+class Perimeter(Frozen):
+    """A perimeter: one gateway in front of some serving nodes, steered by one alias."""
+
+    alias: str = Field(description="The MLflow alias that is this perimeter's request.")
+    gateway: str = Field(description="URL that callers use, without a trailing slash.")
+    nodes: tuple[Node, ...]
+
+
+class TrackingServer(Frozen):
+    """Where the tracking server listens."""
+
+    url: str
+
+
+class Site(Frozen):
+    """`<state>/site.json`, written by the role `control`: what runs where."""
+
+    supervisor: Path = Field(description="Control socket of supervisord.")
+    tracking: TrackingServer
+    perimeters: dict[str, Perimeter]
+
+
+class GatewayPlace(Frozen):
+    """Where a node's `apply` finds the gateway whose routes it renders."""
+
+    folder: Path = Field(description="Holds envoy.yaml, cds.yaml and rds.yaml.")
+    port: int
+    admin_port: int
+
+
+class NodeConfig(Frozen):
+    """`node.json` in a serving node's folder, written by the role `serving`: all that `apply` must know."""
+
+    name: str
+    perimeter: str
+    folder: Path
+    engine: str = Field("torchserve", description="Name of the engine adapter.")
+    engine_ports: tuple[int, int] = Field(description="First and last port that engine instances may use.")
+    supervisor: Path = Field(description="Control socket of supervisord.")
+    programs: Path = Field(description="Folder that supervisord includes.")
+    logs: Path
+    environments: Path = Field(description="Folder of the component environments, by name.")
+    java_home: Path
+    trust: Path = Field(description="Public key (PEM) that archives must be signed for.")
+    gateway: GatewayPlace
+
+
+def root() -> Path:
+    """The checkout: the nearest folder upwards that holds a Snakefile and components/."""
+    start = Path(os.environ.get("TORCHRELAY_ROOT", Path.cwd())).absolute()
+    for folder in (start, *start.parents):
+        if (folder / "Snakefile").is_file() and (folder / "components").is_dir():
+            return folder
+    raise ConfigError(
+        f"{start} is not inside a Torchrelay checkout",
+        "a folder that holds Snakefile and components/",
+        "cd into the checkout, or set TORCHRELAY_ROOT",
+    )
+
+
+def merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> Json:
+    """Lay `overlay` over `base`, key by key, as deep as both are mappings."""
+    merged = dict(base)
+    for key, value in overlay.items():
+        below = merged.get(key)
+        merged[key] = merge(below, value) if isinstance(below, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def read_yaml(path: Path) -> Json:
+    """Read a YAML mapping; a missing file, broken YAML or another type is a ConfigError."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", "a readable YAML file", f"git checkout -- {path}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not YAML: {error}", "a YAML mapping", f"edit {path}") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path} holds {type(content).__name__}", "a YAML mapping", f"edit {path}")
+    return content
+
+
+def validated(model: type[M], content: Json, origin: Path) -> M:
+    """Validate `content` against `model`; each wrong key is named with the file it stands in."""
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors())
+        raise ConfigError(f"{origin}: {wrong}", f"keys and types of {model.__name__}", f"edit {origin}") from error
+
+
+@lru_cache(maxsize=1)
+def settings() -> Settings:
+    """The merged settings: defaults, then `config/local.yaml` (or TORCHRELAY_CONFIG), then the environment."""
+    folder = root() / "config"
+    overlay = Path(os.environ.get("TORCHRELAY_CONFIG", folder / "local.yaml"))
+    merged = read_yaml(folder / "defaults.yaml")
+    if overlay.is_file() or "TORCHRELAY_CONFIG" in os.environ:
+        merged = merge(merged, read_yaml(overlay))
+    for key in ("state", "keys", "port_base", "inventory", "variant"):
+        if value := os.environ.get(f"TORCHRELAY_{key.upper()}"):
+            merged[key] = value
+    found = validated(Settings, merged, overlay if overlay.is_file() else folder / "defaults.yaml")
+    absolute = {
+        "state": root() / found.state,
+        "keys": found.keys.expanduser(),
+        "inventory": root() / found.inventory,
+    }
+    return found.model_copy(update=absolute)
+
+
+def component(name: str) -> Component:
+    """The component's `component.yaml` with the overrides of the settings laid over it."""
+    path = root() / "components" / name / "component.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"there is no component {name!r}",
+            f"one of: {', '.join(component_names()) or 'none yet'}",
+            f"make new-component NAME={name}",
+        )
+    found = validated(Component, merge(read_yaml(path), settings().components.get(name, {})), path)
+    if found.name != name:
+        raise ConfigError(f"{path} names itself {found.name!r}", f"name: {name}", f"edit {path}")
+    return found
+
+
+def component_names() -> list[str]:
+    """Every folder under components/ that has a component.yaml, sorted."""
+    return sorted(path.parent.name for path in (root() / "components").glob("*/component.yaml"))
+
+
+def site() -> Site:
+    """Where things run; a ConfigError before the first `make up`."""
+    return read_json(Site, settings().state / "site.json", "make up")
+
+
+def read_json(model: type[M], path: Path, next_command: str) -> M:
+    """Read one hand-over file; a missing or broken one names the command that writes it."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path} does not exist", f"a {model.__name__} file", next_command) from error
+    except ValidationError as error:
+        raise ConfigError(f"{path} is not a {model.__name__}: {error}", f"a {model.__name__}", next_command) from error
+
+
+def write_json(path: Path, content: BaseModel) -> None:
+    """Write aside, fsync, rename: a reader sees the old file or the new one, never half of one."""
+    write_file(path, (content.model_dump_json(indent=2) + "\n").encode())
+
+
+def write_file(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Replace `path` atomically by `content`; the file is on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
