@@ -63,8 +63,9 @@ class Verdict(Frozen):
     verdict: Literal["pass", "refuse"]
     reasons: list[str] = Field(description="Why it was refused; empty when it passed.")
     metric: str
-    candidate: float
+    candidate: float | None = Field(description="Mean score; None if the scores have none (none, or not finite).")
     floor: float
+    allowed_regression: float = Field(0.0, description="How far below the live version it may fall.")
     live_version: str | None = None
     live: float | None = None
     difference: float | None = Field(None, description="Candidate minus live, on the same test set.")

@@ -1,0 +1,72 @@
+# The interface: each target is one line that hands over to the program that does the work.
+# The text behind `##` is what `make help` shows; `##@` begins a group.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+COMPONENT ?=
+RELAY := .venv/bin/torchrelay
+COMPONENT_FLAG = $(if $(COMPONENT),--component '$(COMPONENT)')
+
+##@ Start here
+.PHONY: help setup doctor
+help: ## List the targets
+	@awk 'BEGIN { FS = ":.*## " } /^##@ / { printf "\n%s\n", substr($$0, 5) } /^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: .venv/run.stamp ## Make .venv from the pinned lock; nothing to do when it is up to date
+
+doctor: .venv/run.stamp ## Look for what would make a later step fail, with a remedy for each finding
+	$(RELAY) doctor
+
+##@ Development perimeter
+.PHONY: deploy-dev plan status up down clean
+deploy-dev: .venv/run.stamp ## From the dataset to a served prediction [COMPONENT=fashion_mnist]
+	$(RELAY) deploy-dev $(COMPONENT_FLAG)
+
+plan: .venv/run.stamp ## Say what deploy-dev would run and change; touches nothing [COMPONENT=…]
+	$(RELAY) plan $(COMPONENT_FLAG)
+
+status: .venv/run.stamp ## Say what should run, and what really answers
+	$(RELAY) status
+
+up: .venv/run.stamp ## Start the tracking server and the perimeter, with the versions that served last
+	$(RELAY) up
+
+down: .venv/run.stamp ## Stop every process that was started here; keeps all data
+	$(RELAY) down
+
+clean: .venv/run.stamp ## Stop everything and remove what was made here [CONFIRM=yes]
+	$(RELAY) clean $(if $(CONFIRM),--confirm '$(CONFIRM)')
+
+##@ Components
+.PHONY: new-component environment
+new-component: .venv/run.stamp ## Lay out components/NAME, which passes its tests at once [NAME=…]
+	$(RELAY) new-component $(if $(NAME),--name '$(NAME)')
+
+environment: .venv/run.stamp ## Build the environment that a component trains and serves in [COMPONENT=fashion_mnist]
+	$(RELAY) build-environment --component '$(or $(COMPONENT),fashion_mnist)' --log logs/build_environment.log
+
+##@ Work on Torchrelay itself
+.PHONY: test check lock
+test: .venv/dev.stamp environment ## Run the tests; real servers, on this machine only [TESTS=tests/unit]
+	.venv/bin/pytest $(TESTS)
+
+check: .venv/dev.stamp requirements/node_modules/.package-lock.json ## Run every linter that CI runs
+	.venv/bin/python .ci/check.py
+
+lock: .venv/dev.stamp ## Write all locks anew from their .in files [UPGRADE=yes]
+	requirements/lock $(if $(UPGRADE),--upgrade)
+
+# A stamp is the last thing that install writes, so an interrupted setup is taken up again.
+.venv/run.stamp .venv/dev.stamp: .venv/%.stamp: requirements/%.lock pyproject.toml requirements/install .venv/bin/python $(wildcard .venv/unfinished)
+	$(PYTHON) requirements/install --project --venv .venv --lock $<
+
+# Missing, or a link to a Python that has gone since: install sees to either.
+.venv/bin/python: ;
+
+# npm writes this file last.
+requirements/node_modules/.package-lock.json: requirements/package-lock.json
+	npm ci --prefix requirements --ignore-scripts --no-audit --no-fund

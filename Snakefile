@@ -1,0 +1,34 @@
+# The chain from a data version to a deployed model. `make deploy-dev` runs it; by hand, after `make up`:
+#   .venv/bin/snakemake --cores all deploy_dev --config component=fashion_mnist
+# Config keys: component (which one; settings come from config/defaults.yaml under config/local.yaml).
+import sys
+from pathlib import Path
+
+from torchrelay import components, data
+from torchrelay.config import component_names, settings
+
+PYTHON = sys.executable
+STATE = str(settings().state)
+COMPONENT = config.get("component", "fashion_mnist")
+
+
+wildcard_constraints:
+    component="[a-z][a-z0-9_]*",
+
+
+include: "rules/data.smk"
+include: "rules/train.smk"
+include: "rules/gate.smk"
+include: "rules/register.smk"
+include: "rules/package.smk"
+include: "rules/deploy.smk"
+
+
+localrules:
+    deploy_dev,
+
+
+rule deploy_dev:
+    default_target: True
+    input:
+        f"results/{COMPONENT}/deploy/dev.json",

@@ -1,0 +1,27 @@
+"""Model archives: bytes whose origin, content and behaviour can be checked wherever they go.
+
+An archive is a folder of `model.mar`, `manifest.json` and `model.sig`. `pack` and `sign` make it, `fetch`
+brings it to a node, `verify` lets in nothing else, and `prove` runs it against its golden outputs.
+"""
+
+from torchrelay.archive.keys import KeyPair, ensure_key
+from torchrelay.archive.mar import digest, golden_set, unpack
+from torchrelay.archive.packing import pack
+from torchrelay.archive.proving import evaluate, prove
+from torchrelay.archive.signing import sign
+from torchrelay.archive.transfer import fetch
+from torchrelay.archive.verifying import verify
+
+__all__ = [
+    "KeyPair",
+    "digest",
+    "ensure_key",
+    "evaluate",
+    "fetch",
+    "golden_set",
+    "pack",
+    "prove",
+    "sign",
+    "unpack",
+    "verify",
+]

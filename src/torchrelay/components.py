@@ -1,0 +1,140 @@
+"""ML components as the rest sees them: which files make one up, and the environment that it runs in.
+
+An environment is named by what decides its content (lock, torch, Python, platform, variant), so a new model
+never rebuilds one, and two components with the same lock share one.
+"""
+
+import hashlib
+import json
+import platform
+import shutil
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock
+
+from torchrelay.config import component, read_json, root, settings, write_json
+from torchrelay.console import run_logged, say
+from torchrelay.errors import ConfigError
+from torchrelay.handover import Environment
+
+Variant = Literal["cpu", "cuda"]
+
+# Files of a component that training does not read: changing them must not retrain.
+_NOT_TRAINING = frozenset({"data.py", "search.py", "conftest.py"})
+
+
+def folder(name: str) -> Path:
+    """The component's folder."""
+    return root() / "components" / name
+
+
+def training_sources(name: str) -> list[Path]:
+    """The files whose change asks for a new training, sorted."""
+    modules = (path for path in folder(name).glob("*.py") if path.name not in _NOT_TRAINING)
+    return sorted([*modules, folder(name) / "MLproject"])
+
+
+def training_digest(name: str) -> str:
+    """A hash of the settings that training reads, so that a latency objective can change without a new training."""
+    found = component(name)
+    content = {"training": found.training.model_dump(), "golden": found.golden.model_dump()}
+    return _sha256(json.dumps(content, sort_keys=True).encode())[:16]
+
+
+def gate_digest(name: str) -> str:
+    """A hash of the settings that the gate reads."""
+    return _sha256(component(name).metric.model_dump_json().encode())[:16]
+
+
+def variant() -> Variant:
+    """Cpu or cuda, as set, or by whether the NVIDIA driver is loaded."""
+    chosen = settings().variant
+    if chosen != "auto":
+        return chosen
+    return "cuda" if Path("/proc/driver/nvidia/version").exists() else "cpu"
+
+
+def lock_files(name: str) -> tuple[Path, Path]:
+    """The hashed lock of everything but torch, and the file that pins torch."""
+    locks = (folder(name) / f"requirements.{variant()}.lock", folder(name) / "requirements.torch")
+    for lock in locks:
+        if not lock.is_file():
+            raise ConfigError(f"{lock} does not exist", "a pinned lock of the component's environment", "make lock")
+    return locks
+
+
+def environment_name(name: str) -> str:
+    """For example `py311-cpu-1a2b3c4d5e6f`: Python, variant, and the hash of locks and platform."""
+    content = b"\0".join(lock.read_bytes() for lock in lock_files(name))
+    digest = _sha256(content + f"{platform.system()} {platform.machine()}".encode())[:12]
+    return f"py{sys.version_info.major}{sys.version_info.minor}-{variant()}-{digest}"
+
+
+def environment_file(environment: str) -> Path:
+    """The file whose presence says that the environment is complete."""
+    return settings().state / "environments" / environment / "environment.json"
+
+
+def environment(name: str) -> Environment:
+    """The component's environment; a ConfigError where it was not built yet."""
+    return read_json(
+        Environment,
+        environment_file(environment_name(name)),
+        f".venv/bin/torchrelay build-environment --component {name}",
+    )
+
+
+def build_environment(name: str, log: Path) -> Environment:
+    """Build the component's environment unless it is complete; killed half-way, the next call begins it anew."""
+    called = environment_name(name)
+    done = environment_file(called)
+    done.parent.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(done.parent.parent / f".{called}.lock"):
+        if not done.is_file():
+            _install(name, done.parent, log)
+            write_json(done, _describe(name, called, done.parent))
+    return environment(name)
+
+
+def _describe(name: str, called: str, target: Path) -> Environment:
+    lock, _ = lock_files(name)
+    return Environment(
+        name=called,
+        variant=variant(),
+        python=str(target / "bin" / "python"),
+        lock_sha256=_sha256(lock.read_bytes()),
+    )
+
+
+def _install(name: str, target: Path, log: Path) -> None:
+    """A fresh virtual environment from the locks. Torch apart: its builds per variant share one version."""
+    lock, torch = lock_files(name)
+    if target.exists():
+        shutil.rmtree(target)
+    say(f"  {lock.name} → {target.name} (a minute or two; details in {log})")
+    installer = root() / "requirements" / "install"
+    _step([sys.executable, installer, "--venv", target, "--lock", lock], log)
+    _install_torch(target / "bin" / "python", torch, log)
+
+
+def _install_torch(python: Path, pinned: Path, log: Path) -> None:
+    """Ask pip's own configuration for the variant's build first, then PyTorch's index for it."""
+    requirement = next(line for line in pinned.read_text().splitlines() if line.startswith("torch=="))
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--progress-bar", "off"]
+    if variant() == "cuda" or platform.system() != "Linux":
+        _step([*pip, requirement], log)
+    elif run_logged([*pip, f"{requirement}+cpu"], log):
+        _step([*pip, f"{requirement}+cpu", "--index-url", f"{settings().torch_index}/cpu"], log)
+
+
+def _step(command: list[Any], log: Path) -> None:
+    if run_logged(command, log, show=lambda line: "error" in line.lower()):
+        raise ConfigError(
+            f"{' '.join(map(str, command[:4]))} … failed", "an installation without errors", f"read {log}, then rerun"
+        )
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

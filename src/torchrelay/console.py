@@ -1,0 +1,108 @@
+"""What people see while something runs: named legs, progress, colour only on a terminal, and logs in files."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from torchrelay.errors import TorchrelayError
+
+_ESCAPES = re.compile(r"\033\[\d+m")
+_COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
+
+
+def paint(text: str, colour: str) -> str:
+    """`text` in `colour` where stderr is a terminal and NO_COLOR is unset, else as it is."""
+    if not sys.stderr.isatty() or os.environ.get("NO_COLOR"):
+        return text
+    return f"\033[{_COLOURS[colour]}m{text}\033[0m"
+
+
+class _Log:
+    """The file that everything said is also written to, once a verb has named one."""
+
+    path: Path | None = None
+
+
+def log_to(path: Path) -> None:
+    """From now on, what is said is also written to `path`, which starts empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("", encoding="utf-8")
+    _Log.path = path
+
+
+def say(text: str) -> None:
+    """One line for the person in front of the terminal; standard output stays for results."""
+    print(text, file=sys.stderr, flush=True)  # noqa: T201
+    if _Log.path:
+        with _Log.path.open("a", encoding="utf-8") as file:
+            file.write(f"{_ESCAPES.sub('', text)}\n")
+
+
+def result(text: str) -> None:
+    """What a command was asked for, on standard output."""
+    print(text, flush=True)  # noqa: T201
+
+
+def show_error(error: TorchrelayError) -> None:
+    """The three parts of an error, and the log that says more."""
+    say(f"{paint('✗', 'red')} {error.found}")
+    say(f"  expected: {error.expected}")
+    say(f"  next:     {error.next_command}")
+    if _Log.path:
+        say(f"  log:      {_Log.path}")
+
+
+@contextmanager
+def leg(name: str, subject: str = "") -> Iterator[None]:
+    """Name a leg when it starts, and say how long it took when it has ended well."""
+    began = time.monotonic()
+    say(f"{paint('▶', 'cyan')} {paint(name, 'bold')} {subject}".rstrip())
+    yield
+    say(f"{paint('✓', 'green')} {name} {paint(f'{time.monotonic() - began:.1f} s', 'dim')}")
+
+
+def _nothing(_line: str) -> bool:
+    return False
+
+
+def run_logged(
+    command: Sequence[str | Path],
+    log: Path,
+    *,
+    show: Callable[[str], bool] = _nothing,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> int:
+    """Run `command`; all that it prints goes to `log`, and the lines that `show` picks to the terminal too.
+
+    Returns its exit status. The child ends with us: it is killed if we are interrupted.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        file.write(f"$ {' '.join(map(str, command))}\n")
+        file.flush()
+        child = subprocess.Popen(
+            [str(word) for word in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            env=dict(environment) if environment is not None else None,
+            cwd=folder,
+        )
+        try:
+            for line in child.stdout or ():
+                file.write(line)
+                file.flush()
+                if show(line):
+                    say(f"  {line.rstrip()}")
+            return child.wait()
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()

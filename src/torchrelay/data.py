@@ -1,0 +1,240 @@
+"""The data leg: what DVC has in place for a component, and bringing it up to date.
+
+Starting DVC costs a second and more with every component, so a fingerprint of what its stages read and wrote
+(`<state>/dvc/<component>.json`) answers "is there anything to do?" from file stats alone. A component's data.py
+runs in the component's own environment; this module only starts it.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from torchrelay.config import Frozen, component_names, read_yaml, root, settings, write_file, write_json
+from torchrelay.errors import DataError
+from torchrelay.handover import DataVersion
+
+Stage = Literal["extract", "validate", "prepare"]
+
+# Each stage's inputs and output, as folders under data/<component>/; dvc.yaml says the same to DVC.
+STAGES: dict[Stage, tuple[tuple[str, ...], str]] = {
+    "extract": ((), "raw"),
+    "validate": (("raw",), "validated"),
+    "prepare": (("raw", "validated"), "prepared"),
+}
+WRITTEN = "# Written by torchrelay: the state folder is not the checkout's own."
+
+
+class Seen(Frozen):
+    """`<state>/dvc/<component>.json`: fingerprints from when DVC last had nothing left to do."""
+
+    whole: str
+    source: str
+
+
+def run_stage(component: str, stage: Stage, python: str) -> None:
+    """Run one stage of the component's data.py with the interpreter `python`; its output passes through.
+
+    Raises DataError if it fails; what it found stands in its own words above.
+    """
+    inputs, output = STAGES[stage]
+    code, data = Path("components") / component, Path("data") / component
+    command = [python, str(code / "data.py"), stage, "--params", str(code / "params.yaml")]
+    if inputs:
+        command += ["--input", *(str(data / folder) for folder in inputs)]
+    ended = subprocess.run([*command, "--output", str(data / output)], cwd=root(), check=False)
+    if ended.returncode:
+        raise DataError(
+            f"stage {stage} of {component} ended with exit code {ended.returncode}; its reason stands above",
+            "exit code 0",
+            f"mend the data or {code / 'params.yaml'}, then: make deploy-dev COMPONENT={component}",
+        )
+
+
+def reproduce(component: str, log: Path) -> None:
+    """Bring `data/<component>/prepared` up to date with DVC, its output shown and written to `log`.
+
+    Raises DataError in the words of the data.py that failed, or with the log's name.
+    """
+    register_components()
+    _place_cache()
+    inputs, source = _print_of(_inputs(component)), _print_of(_source(component))
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_bytes(b"")
+    if (seen := _seen(component)) and seen.source != source:
+        _dvc(["repro", "--force", "--single-item", f"extract@{component}"], component, log)
+    _dvc(["repro", f"prepare@{component}"], component, log)
+    # What changed while DVC ran was perhaps not read: leave no fingerprint, so that the next call asks DVC again.
+    if inputs == _print_of(_inputs(component)) and source == _print_of(_source(component)):
+        write_json(_seen_path(component), Seen(whole=_whole(component), source=source))
+
+
+def up_to_date(component: str) -> bool:
+    """Whether nothing that the stages read or wrote changed since DVC last had nothing to do. Milliseconds."""
+    seen = _seen(component)
+    return seen is not None and seen.source == _print_of(_source(component)) and seen.whole == _whole(component)
+
+
+def version(component: str) -> DataVersion:
+    """The dataset that dvc.lock names for this component, whatever the other components' say.
+
+    Raises DataError where there is none yet.
+    """
+    prepared = re.search(rf"^    - path: data/{component}/prepared\n(?:      .*\n)*?      md5: (\S+)", _lock(component), re.M)
+    if prepared is None:
+        raise DataError(
+            f"dvc.lock names no data/{component}/prepared", "data that DVC prepared", f"dvc repro prepare@{component}"
+        )
+    return DataVersion(component=component, hash=prepared[1])
+
+
+def register_components() -> bool:
+    """Bring the `components` list of params.yaml in step with the folders; whether it had to change."""
+    path, wanted = root() / "params.yaml", component_names()
+    if path.is_file() and read_yaml(path).get("components") == wanted:
+        return False
+    import io
+
+    from ruamel.yaml import YAML
+
+    yaml = YAML()
+    yaml.indent(sequence=4, offset=2)
+    content = yaml.load(path) if path.is_file() else {}
+    listed = content.setdefault("components", [])
+    for name in [name for name in listed if name not in wanted]:
+        listed.remove(name)
+    for place, name in enumerate(wanted):
+        if name not in listed:
+            listed.insert(place, name)
+    text = io.StringIO()
+    yaml.dump(content, text)
+    write_file(path, text.getvalue().encode())
+    return True
+
+
+# --- DVC -------------------------------------------------------------------------------------------------------------
+
+
+def _dvc(arguments: list[str], component: str, log: Path) -> None:
+    """Run DVC, pass its output on as it comes, append it to the log."""
+    command = [sys.executable, "-m", "dvc", *arguments]
+    process = subprocess.Popen(command, cwd=root(), env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert process.stdout is not None  # noqa: S101 - for the type checker; a pipe was asked for
+    with log.open("ab") as file, process:
+        for line in process.stdout:
+            file.write(line)
+            file.flush()
+            sys.stderr.write(line.decode(errors="replace"))
+            sys.stderr.flush()
+    if process.returncode:
+        raise _failure(component, log)
+
+
+def _environment() -> dict[str, str]:
+    """The stages find this interpreter as `python`; DVC reports to nobody and keeps its index in the state folder."""
+    return os.environ | {
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": str(settings().state / "dvc" / "site"),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _failure(component: str, log: Path) -> DataError:
+    """The first three-line error in the log, which is the one nearest to the cause."""
+    told = re.search(r"^error: (.+)\n  expected: (.+)\n  next:     (.+)$", log.read_text(encoding="utf-8"), re.M)
+    if told is None:
+        return DataError(
+            f"DVC could not prepare the data of {component}; its output is in {log}",
+            "all data stages to succeed",
+            f"make deploy-dev COMPONENT={component}",
+        )
+    return DataError(f"{told[1]} (log: {log})", told[2], told[3])
+
+
+def _place_cache() -> None:
+    """Keep DVC's cache and remote in the state folder, wherever that is."""
+    local = root() / ".dvc" / "config.local"
+    ours = not local.is_file() or local.read_text(encoding="utf-8").startswith(WRITTEN)
+    if settings().state.resolve() == (root() / ".torchrelay").resolve():
+        if ours:
+            local.unlink(missing_ok=True)
+        return
+    if ours:
+        folder = settings().state.resolve() / "dvc"
+        text = f"{WRITTEN}\n[cache]\n    dir = {folder / 'cache'}\n['remote \"local\"']\n    url = {folder / 'remote'}\n"
+        write_file(local, text.encode())
+
+
+# --- fingerprints ----------------------------------------------------------------------------------------------------
+
+
+def _lock(component: str) -> str:
+    """The component's part of dvc.lock, cut out as text: parsing the YAML of a hundred components takes seconds."""
+    path = root() / "dvc.lock"
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    wanted = tuple(f"  {stage}@{component}:" for stage in STAGES)
+    parts = re.split(r"(?m)^(?=  \S)", text)
+    return "".join(part for part in parts if part.startswith(wanted))
+
+
+def _inputs(component: str) -> Iterator[Path]:
+    """The files that decide what the stages do."""
+    folder = root() / "components" / component
+    return iter((folder / "data.py", folder / "params.yaml", root() / "dvc.yaml"))
+
+
+def _source(component: str) -> list[Path]:
+    """The files of the folder that the user named as the data's source, which DVC does not watch.
+
+    A component names it as `source` in its params.yaml; the variable TORCHRELAY_DATA wins.
+    """
+    params = root() / "components" / component / "params.yaml"
+    named = os.environ.get("TORCHRELAY_DATA") or (read_yaml(params).get("source") if params.is_file() else None)
+    folder = root() / Path(str(named)).expanduser()
+    if named is None or not folder.is_dir():
+        return []
+    return _files(folder / component if (folder / component).is_dir() else folder)
+
+
+def _whole(component: str) -> str:
+    """Fingerprint of everything that the stages read and wrote, and of what dvc.lock says of them."""
+    data = root() / "data" / component
+    outputs = [path for _, folder in STAGES.values() for path in [data / folder, *_files(data / folder)]]
+    lock = hashlib.sha256(_lock(component).encode()).hexdigest()
+    return _print_of([*_inputs(component), *outputs], lock)
+
+
+def _files(folder: Path) -> list[Path]:
+    """All files below the folder, in order."""
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _print_of(paths: Iterable[Path], extra: str = "") -> str:
+    """Hash of paths, sizes and times; a missing path counts as such."""
+    facts: list[Any] = [extra]
+    for path in paths:
+        try:
+            stat = path.stat()
+        except FileNotFoundError:
+            facts.append([str(path), None])
+        else:
+            facts.append([str(path), stat.st_size if path.is_file() else None, stat.st_mtime_ns])
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def _seen_path(component: str) -> Path:
+    return settings().state / "dvc" / f"{component}.json"
+
+
+def _seen(component: str) -> Seen | None:
+    """The last fingerprints; None where there are none or they cannot be read, so that DVC is asked."""
+    try:
+        return Seen.model_validate_json(_seen_path(component).read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None

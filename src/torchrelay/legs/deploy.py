@@ -1,0 +1,45 @@
+"""Deploy: move the perimeter's alias to an admitted version, then converge."""
+
+from pathlib import Path
+
+from torchrelay.config import site, write_json
+from torchrelay.delivery.converge import Outcome, converge, refusal_error, refused
+from torchrelay.delivery.plan import Candidate, refusal
+from torchrelay.errors import RefusedError, ServingError
+from torchrelay.handover import ArchiveRecord
+from torchrelay.tracking import Tracking
+
+
+def deploy_model(name: str, record: ArchiveRecord, perimeter: str, output: Path) -> Outcome:
+    """Ask for `record` in `perimeter` and bring the perimeter there. A version that may not go moves no alias."""
+    here = site()
+    tracking = Tracking(here.tracking.url)
+    request(tracking, name, record.version, here.perimeters[perimeter].alias)
+    outcome = converge(here, perimeter, why=f"make deploy-{perimeter}")
+    if error := refused(outcome, name):
+        raise error
+    if not outcome.serving(name):
+        raise ServingError(
+            f"{perimeter} does not serve {name} version {record.version}",
+            "every node serving it in good health",
+            "make status",
+        )
+    write_json(output, record)
+    return outcome
+
+
+def request(tracking: Tracking, name: str, version: str, alias: str) -> None:
+    """Move the alias, unless the version may not be served or the alias is there already."""
+    found = tracking.version(name, version)
+    if found is None:
+        raise RefusedError(
+            f"{name} has no version {version} in the registry",
+            "a registered version",
+            f"make deploy-dev COMPONENT={name}",
+        )
+    candidate = Candidate(name, version, found.tags)
+    if reason := refusal(candidate):
+        raise refusal_error(candidate, reason)
+    present = tracking.alias(name, alias)
+    if present is None or present.version != version:
+        tracking.set_alias(name, alias, version)

@@ -1,0 +1,78 @@
+"""Train: run the component's own MLproject by the MLflow CLI, in the component's own environment."""
+
+import os
+import shutil
+from pathlib import Path
+
+from torchrelay import components
+from torchrelay.config import component, read_json, settings, site, write_file
+from torchrelay.console import run_logged
+from torchrelay.errors import ConfigError
+from torchrelay.handover import DataVersion, TrainedRun
+from torchrelay.tracking import Tracking
+
+# What later legs ask of a run without this checkout: kept with the run, on the tracking server.
+_KEPT = ("evaluation.json", "golden.json")
+
+
+def train_model(name: str, data: DataVersion, prepared: Path, output: Path, log: Path) -> TrainedRun:
+    """Run `mlflow run` and return what it left in `output`.
+
+    The folder is written aside and renamed when training is complete, so a killed run leaves the last one.
+    """
+    found = component(name)
+    aside = output.absolute().with_name(f".{output.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    parameters = {**found.training.parameters, "data": prepared, "output": aside, "data_hash": data.hash}
+    _run(name, _command(name, parameters), log)
+    run = read_json(TrainedRun, aside / "run.json", f"read {log}")
+    _keep(run, aside, found.model_dump_json(indent=2))
+    shutil.rmtree(output, ignore_errors=True)
+    aside.rename(output)
+    return run
+
+
+def _command(name: str, parameters: dict[str, object]) -> list[str | Path]:
+    mlflow = Path(components.environment(name).python).with_name("mlflow")
+    words = [word for key, value in parameters.items() for word in ("-P", f"{key}={value}")]
+    project = str(components.folder(name))
+    return [mlflow, "run", project, "--env-manager", "local", "--experiment-name", name, *words]
+
+
+def _run(name: str, command: list[str | Path], log: Path) -> None:
+    status = run_logged(command, log, show=_progress, environment=_environment(name))
+    if status:
+        raise ConfigError(
+            f"training {name} ended with status {status}",
+            "a run that ends with status 0",
+            f"read {log}; then make deploy-dev COMPONENT={name}",
+        )
+
+
+def _progress(line: str) -> bool:
+    return line.startswith(("epoch", "train:", "✗", "  expected:", "  next:")) or "Error" in line
+
+
+def _environment(name: str) -> dict[str, str]:
+    """The child's environment: its interpreter first on PATH, and the tracking server of this site."""
+    binaries = Path(components.environment(name).python).parent
+    return {
+        **os.environ,
+        "PATH": f"{binaries}{os.pathsep}{os.environ.get('PATH', '')}",
+        "VIRTUAL_ENV": str(binaries.parent),
+        "MLFLOW_TRACKING_URI": site().tracking.url,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "DO_NOT_TRACK": "true",
+        "MPLCONFIGDIR": str(settings().state / "matplotlib"),
+        "PYTHONUNBUFFERED": "1",
+        "GIT_PYTHON_REFRESH": "quiet",
+    }
+
+
+def _keep(run: TrainedRun, folder: Path, merged: str) -> None:
+    """What the gate and later legs need of this run, and the merged settings, beside the run itself."""
+    write_file(folder / "component.json", merged.encode())
+    tracking = Tracking(site().tracking.url)
+    for file in (*_KEPT, "component.json"):
+        tracking.upload_artifact(run.run_id, f"torchrelay/{file}", folder / file)

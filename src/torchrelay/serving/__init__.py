@@ -1,0 +1,1 @@
+"""What a serving node does: engines behind adapters, the gateway before them, and `apply`, which steers both."""

@@ -1,0 +1,298 @@
+"""Bring one serving node to its desired state: the one command that a node runs, on a laptop and on a fleet.
+
+`apply` is idempotent and safe to kill anywhere. What serves keeps serving until what replaces it has been
+fetched, verified, loaded and proven; then the gateway swaps, what is no longer wanted drains, and is unloaded.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from torchrelay import archive
+from torchrelay.config import NodeConfig, read_json, write_json
+from torchrelay.errors import BusyError, ServingError, TorchrelayError
+from torchrelay.handover import Desired, Environment, GoldenSet, NodeReport, ServedVersion, WantedVersion
+from torchrelay.serving import gateway, golden
+from torchrelay.serving.engine import Engine, Instance, Loaded, engine_class
+from torchrelay.serving.gateway import Backend, Endpoint, Routes
+from torchrelay.serving.ports import port_taken
+from torchrelay.serving.supervisor import Supervisor
+
+_DRAIN_SECONDS = 60
+_READY_SECONDS = 120
+_LOCK_SECONDS = 600
+
+
+class ApplyError(ServingError):
+    """Some component did not reach its desired state; `report` says what the node serves all the same."""
+
+    def __init__(self, report: NodeReport, errors: list[TorchrelayError]) -> None:
+        super().__init__(errors[0].found, errors[0].expected, errors[0].next_command)
+        self.report = report
+        self.errors = errors
+
+
+def node_config(folder: Path) -> NodeConfig:
+    """The node's own `node.json`."""
+    return read_json(NodeConfig, folder / "node.json", "make up")
+
+
+def last_desired(node: NodeConfig) -> Desired:
+    """What this node was last asked to serve; nothing at all on a new node."""
+    if not (node.folder / "desired.json").is_file():
+        return Desired(perimeter=node.perimeter, components=())
+    return read_json(Desired, node.folder / "desired.json", "make deploy-dev")
+
+
+def apply(node: NodeConfig, desired: Desired) -> NodeReport:
+    """Make `node` serve `desired`, and report what it serves.
+
+    Raises ApplyError when a component could not be brought there: the others were, and it serves what it did before.
+    """
+    node.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(node.folder / "apply.lock", timeout=_LOCK_SECONDS):
+            return _Apply(node).run(desired)
+    except Timeout as error:
+        raise BusyError(
+            f"another apply has held {node.folder / 'apply.lock'} for {_LOCK_SECONDS} s",
+            "one apply at a time",
+            "make status",
+        ) from error
+
+
+def observe(node: NodeConfig) -> NodeReport:
+    """What the node serves now: routed by its gateway and healthy in its engine. Changes nothing."""
+    routed = {backend.component: backend for backend in gateway.live_backends(node.gateway)}
+    alive = gateway.healthy(node.gateway)
+    loaded = {(found.component, found.version): found for found in _loaded_everywhere(node)}
+    return NodeReport(
+        node=node.name,
+        served=tuple(
+            ServedVersion(
+                component=name,
+                version=backend.version,
+                digest=backend.digest,
+                healthy=alive and _answers(loaded.get((name, backend.version)), backend.digest),
+            )
+            for name, backend in sorted(routed.items())
+        ),
+    )
+
+
+def _answers(found: Loaded | None, digest: str) -> bool:
+    return found is not None and found.healthy and found.digest == digest
+
+
+def _loaded_everywhere(node: NodeConfig) -> Iterable[Loaded]:
+    for file in sorted((node.folder / "engines").glob("*/instance.json")):
+        engine = engine_class(node.engine)(read_json(Instance, file, "make up"))
+        if engine.ready():
+            yield from engine.loaded()
+
+
+class _Apply:
+    """One run of apply: the node, its supervisor, and what changed so far."""
+
+    def __init__(self, node: NodeConfig) -> None:
+        self.node = node
+        self.supervisor = Supervisor(node.supervisor, node.programs)
+        self.changed: set[str] = set()
+
+    def run(self, desired: Desired) -> NodeReport:
+        self._ensure_gateway()
+        errors: list[TorchrelayError] = []
+        before = {backend.component: backend for backend in gateway.live_backends(self.node.gateway)}
+        after: list[Backend] = []
+        for wanted in desired.components:
+            try:
+                after.append(self._bring_up(wanted))
+            except TorchrelayError as error:
+                errors.append(error)
+                after.extend(before[name] for name in (wanted.component,) if name in before)
+        if gateway.apply_routes(self.node.gateway, Routes(backends=tuple(after))):
+            self.changed |= {backend.component for backend in after if before.get(backend.component) != backend}
+        self._retire(after)
+        report = self._report()
+        if errors:
+            raise ApplyError(report, errors)
+        write_json(self.node.folder / "desired.json", desired)
+        return report
+
+    def _report(self) -> NodeReport:
+        seen = observe(self.node)
+        return NodeReport(
+            node=seen.node,
+            served=tuple(
+                served.model_copy(update={"changed": served.component in self.changed}) for served in seen.served
+            ),
+        )
+
+    def _ensure_gateway(self) -> None:
+        place = self.node.gateway
+        gateway.write_bootstrap(place)
+        self.supervisor.ensure(gateway.gateway_program(place, self.node.logs / f"{self.node.perimeter}-gateway.log"))
+        _wait(lambda: gateway.healthy(place), _READY_SECONDS, f"gateway on port {place.port}", self.node.logs)
+
+    def _bring_up(self, wanted: WantedVersion) -> Backend:
+        """Fetched, verified, loaded and proven: only then is a version something to route to."""
+        engine = self._engine(wanted)
+        if not any(_is(found, wanted) and found.healthy for found in engine.loaded()):
+            folder = self._archive(wanted)
+            engine.load(folder, wanted)
+            self._prove(engine, wanted, folder)
+            self.changed.add(wanted.component)
+        host, port = engine.address()
+        return Backend(
+            component=wanted.component,
+            version=wanted.version,
+            digest=wanted.digest,
+            endpoints=(Endpoint(host=host, port=port),),
+            path=engine.path(wanted.component, wanted.version),
+            max_body_bytes=wanted.max_body_bytes,
+            timeout_s=wanted.response_timeout_s,
+        )
+
+    def _archive(self, wanted: WantedVersion) -> Path:
+        """The archive's folder on this node, fetched if it is not here, and verified whichever way it came."""
+        folder = self.node.folder / "archives" / wanted.digest
+        if not folder.is_dir():
+            archive.fetch(wanted.url, folder)
+        try:
+            manifest = archive.verify(folder, self.node.trust, wanted.digest)
+        except TorchrelayError:
+            # Kept aside for whoever looks into it, so that the next try fetches a fresh copy.
+            shutil.rmtree(folder.with_suffix(".refused"), ignore_errors=True)
+            folder.rename(folder.with_suffix(".refused"))
+            raise
+        if (manifest.component, manifest.version) != (wanted.component, wanted.version):
+            raise ServingError(
+                f"the archive at {wanted.url} is {manifest.component} version {manifest.version}",
+                f"{wanted.component} version {wanted.version}",
+                "make deploy-dev",
+            )
+        return folder
+
+    def _engine(self, wanted: WantedVersion) -> Engine:
+        """The engine instance of the version's environment, running and ready."""
+        instance = self._instance(wanted)
+        engine = engine_class(self.node.engine)(instance)
+        self.supervisor.ensure(engine.prepare())
+        _wait(engine.ready, _READY_SECONDS, f"engine {instance.name}", instance.log)
+        return engine
+
+    def _instance(self, wanted: WantedVersion) -> Instance:
+        name = f"{wanted.component}-{wanted.environment}"
+        folder = self.node.folder / "engines" / name
+        if (folder / "instance.json").is_file():
+            return read_json(Instance, folder / "instance.json", "make up")
+        instance = Instance(
+            name=f"{self.node.name}-{name}",
+            folder=folder,
+            python=self._python(wanted),
+            ports=self._free_ports(),
+            java_home=self.node.java_home,
+            log=self.node.logs / f"{self.node.name}-{name}.log",
+            response_timeout_s=wanted.response_timeout_s,
+            max_body_bytes=wanted.max_body_bytes,
+        )
+        write_json(folder / "instance.json", instance)
+        return instance
+
+    def _python(self, wanted: WantedVersion) -> str:
+        file = self.node.environments / wanted.environment / "environment.json"
+        command = f".venv/bin/torchrelay build-environment --component {wanted.component}"
+        return read_json(Environment, file, command).python
+
+    def _free_ports(self) -> tuple[int, ...]:
+        """The next ports of the node's range that no instance has and nobody listens on."""
+        given = {
+            port
+            for file in (self.node.folder / "engines").glob("*/instance.json")
+            for port in read_json(Instance, file, "make up").ports
+        }
+        first, last = self.node.engine_ports
+        needed = engine_class(self.node.engine).ports_needed
+        free = [port for port in range(first, last + 1) if port not in given and not port_taken(port)]
+        if len(free) < needed:
+            raise BusyError(
+                f"{len(free)} of the ports {first}-{last} of node {self.node.name} are free",
+                f"{needed} free ports for another engine",
+                "set TORCHRELAY_PORT_BASE to a free range, then `make down` and `make up`",
+            )
+        return tuple(free[:needed])
+
+    def _prove(self, engine: Engine, wanted: WantedVersion, folder: Path) -> None:
+        """The golden inputs, through the engine itself; a version that fails is taken out again."""
+        expected = archive.golden_set(folder / "model.mar")
+        try:
+            difference = _ask(engine, wanted, expected)
+        except TorchrelayError:
+            engine.unload(wanted.component, wanted.version)
+            raise
+        if difference > expected.tolerance:
+            engine.unload(wanted.component, wanted.version)
+            raise ServingError(
+                f"{wanted.component} version {wanted.version} differs from its golden outputs by {difference:.3g}",
+                f"at most {expected.tolerance:.3g}",
+                f"make deploy-dev COMPONENT={wanted.component}",
+            )
+
+    def _retire(self, kept: list[Backend]) -> None:
+        """Drain and unload every version that is routed no more, and stop engines that serve nothing."""
+        routed = {(backend.component, backend.version) for backend in kept}
+        addresses = {(endpoint.host, endpoint.port) for backend in kept for endpoint in backend.endpoints}
+        for file in sorted((self.node.folder / "engines").glob("*/instance.json")):
+            instance = read_json(Instance, file, "make up")
+            engine = engine_class(self.node.engine)(instance)
+            needed = engine.address() in addresses
+            for found in engine.loaded() if engine.ready() else []:
+                if not needed or (found.component, found.version) not in routed:
+                    self._drain(found)
+                    engine.unload(found.component, found.version)
+            if not needed:
+                self.supervisor.remove(instance.name)
+                shutil.rmtree(instance.folder)
+        gateway.prune(self.node.gateway)
+
+    def _drain(self, found: Loaded) -> None:
+        place = self.node.gateway
+        end = time.monotonic() + _DRAIN_SECONDS
+        while gateway.drained(place, found.component, found.version) and time.monotonic() < end:
+            time.sleep(0.05)
+
+
+def _ask(engine: Engine, wanted: WantedVersion, expected: GoldenSet) -> float:
+    body = json.dumps({"instances": expected.instances}).encode()
+    answer = engine.predict(
+        wanted.component,
+        wanted.version,
+        body,
+        {"content-type": "application/json", "x-torchrelay-request-id": f"golden-{wanted.digest[:12]}"},
+    )
+    if answer.status != 200:
+        raise ServingError(
+            f"{wanted.component} version {wanted.version} answered its golden inputs with {answer.status}: "
+            f"{answer.body[:300]!r}",
+            "200 and the golden outputs",
+            f"make deploy-dev COMPONENT={wanted.component}",
+        )
+    predictions: list[Any] = json.loads(answer.body)["predictions"]
+    return golden.largest_difference(expected.predictions, predictions)
+
+
+def _is(found: Loaded, wanted: WantedVersion) -> bool:
+    return (found.component, found.version, found.digest) == (wanted.component, wanted.version, wanted.digest)
+
+
+def _wait(condition: Any, seconds: float, what: str, log: Path) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise ServingError(f"{what} did not come up in {seconds:.0f} s", "an answer", f"read {log}")
+        time.sleep(0.05)

@@ -1,0 +1,185 @@
+"""Runs an archive's Predictor outside any engine: its golden outputs, or a frozen test set.
+
+This file is run by path, by the interpreter of the component's environment: torch, numpy and the standard library
+only. It prints one JSON document; on failure that holds `found`, `expected` and `next_command`, and the exit code is 1.
+"""
+
+import argparse
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+_BATCH = 256
+_AGAIN = "train the component again in this environment: make deploy-dev"
+
+
+class Failure(Exception):  # noqa: N818 - errors of torchrelay cannot be imported here
+    """The archive does not do what it should; in three parts."""
+
+    def __init__(self, found: str, expected: str, next_command: str = _AGAIN) -> None:
+        super().__init__(found)
+        self.parts = {"found": found, "expected": expected, "next_command": next_command}
+
+
+def main(arguments: list[str]) -> int:
+    """Run as the command line says; whatever a component prints goes to stderr."""
+    options = _options(arguments)
+    try:
+        with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
+            result = _run(options, Path(folder))
+        code = 0
+    except Failure as failure:
+        result, code = failure.parts, 1
+        sys.stderr.write("{found}\n  expected: {expected}\n  next:     {next_command}\n".format(**failure.parts))
+    sys.stdout.write(json.dumps(result) + "\n")
+    return code
+
+
+def prove(folder: Path, predictor: Any) -> dict[str, Any]:
+    """How many golden samples there are, and the largest difference of any number in their outputs."""
+    golden = _json(folder / "golden.json")
+    found = json.loads(json.dumps(_predict(predictor, golden["instances"])))
+    difference = _largest_difference(golden["predictions"], found)
+    if not difference <= golden["tolerance"]:
+        raise Failure(
+            f"the archive's outputs differ from its golden outputs by {difference:.6g}",
+            f"at most {golden['tolerance']:.6g}",
+        )
+    release = _json(folder / "release.json")
+    return {
+        "component": release["component"],
+        "version": release["version"],
+        "samples": len(golden["instances"]),
+        "largest_difference": difference,
+    }
+
+
+def evaluate(predictor: Any, test_set: Path, task: str) -> dict[str, Any]:
+    """One score per sample of the test set (arrays `instances` and `labels`), in its order."""
+    import numpy as np
+
+    score = _SCORES[task]
+    with np.load(test_set, allow_pickle=False) as arrays:
+        instances, labels = arrays["instances"], arrays["labels"].tolist()
+    if len(instances) != len(labels):
+        raise Failure(f"{test_set} has {len(instances)} instances and {len(labels)} labels", "one label per instance")
+    predictions = _batches(predictor, instances)
+    scores = [score(prediction, label) for prediction, label in zip(predictions, labels, strict=True)]
+    slices = {"class": [str(label) for label in labels]} if task == "classification" else {}
+    return {"test_set": _sha256(test_set), "scores": scores, "slices": slices}
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Run a model archive's Predictor.")
+    parser.add_argument("--archive", type=Path, required=True, help="the model.mar")
+    parser.add_argument(
+        "--evaluate", type=Path, metavar="TEST_NPZ", help="score this test set instead of the golden set"
+    )
+    parser.add_argument("--task", choices=sorted(_SCORES), default="classification")
+    parser.add_argument("--output", type=Path, help="where --evaluate writes its scores")
+    options = parser.parse_args(arguments)
+    if options.evaluate and not options.output:
+        parser.error("--evaluate needs --output")
+    return options
+
+
+def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    _unpack(options.archive, folder)
+    predictor = _predictor(folder)
+    if not options.evaluate:
+        return prove(folder, predictor)
+    evaluation = evaluate(predictor, options.evaluate, options.task)
+    _write(options.output, json.dumps(evaluation).encode())
+    scores = evaluation["scores"]
+    return {"samples": len(scores), "mean_score": sum(scores) / max(len(scores), 1)}
+
+
+def _unpack(archive: Path, folder: Path) -> None:
+    """An archive's members lie flat and are stored, so they can neither leave the folder nor grow."""
+    try:
+        with zipfile.ZipFile(archive) as mar:
+            for entry in mar.infolist():
+                if entry.filename == "MAR-INF/MANIFEST.json":
+                    continue
+                if Path(entry.filename).name != entry.filename or entry.compress_type != zipfile.ZIP_STORED:
+                    raise Failure(f"{archive} holds {entry.filename!r}", "stored files without folders")
+                mar.extract(entry, folder)
+    except (zipfile.BadZipFile, OSError, NotImplementedError) as error:
+        raise Failure(f"{archive} cannot be read: {error}", "a whole archive") from error
+
+
+def _predictor(folder: Path) -> Any:
+    import torch
+
+    torch.set_num_threads(1)
+    sys.path.insert(0, str(folder))
+    return importlib.import_module("handler").Predictor(folder)
+
+
+def _predict(predictor: Any, instances: list[Any]) -> list[Any]:
+    import torch
+
+    try:
+        batch = predictor.encode(instances)
+    except ValueError as error:
+        raise Failure(f"the Predictor refuses its own input: {error}", "inputs that it accepts") from error
+    with torch.inference_mode():
+        predictions = list(predictor.predict(batch))
+    if len(predictions) != len(instances):
+        raise Failure(f"{len(predictions)} predictions for {len(instances)} instances", "one for each")
+    return predictions
+
+
+def _batches(predictor: Any, instances: Any) -> Iterator[Any]:
+    for start in range(0, len(instances), _BATCH):
+        yield from _predict(predictor, instances[start : start + _BATCH].tolist())
+
+
+def _hit(prediction: dict[str, Any], label: Any) -> float:
+    return float(prediction["class"] == label)
+
+
+def _closeness(prediction: dict[str, Any], label: Any) -> float:
+    return -abs(float(prediction["value"]) - float(label))
+
+
+_SCORES: dict[str, Callable[[dict[str, Any], Any], float]] = {"classification": _hit, "regression": _closeness}
+
+
+def _largest_difference(expected: Any, found: Any) -> float:
+    """From golden.py beside this file, loaded by path: this process has no torchrelay to import it from."""
+    spec = importlib.util.spec_from_file_location("torchrelay_golden", Path(__file__).with_name("golden.py"))
+    if spec is None or spec.loader is None:
+        raise ImportError("golden.py is not beside prove.py")
+    golden = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(golden)
+    return float(golden.largest_difference(expected, found))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_bytes())
+    return content
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_bytes(content)
+    aside.replace(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Never part of an archive."""

@@ -1,0 +1,45 @@
+"""Serves the tiny model; a few magic numbers make it fail in the ways that real predictors fail."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from model import Tiny
+from safetensors.torch import load_file
+
+ENCODE_BUG, PREDICT_BUG, NOT_JSON = 1001.0, 1002.0, 1003.0
+
+
+class Predictor:
+    """Three numbers in, a class and its probabilities out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = Tiny().eval()
+        self.model.load_state_dict(load_file(folder / "model.safetensors"))
+
+    def decode(self, body: bytes, content_type: str) -> list[Any]:
+        """One instance from a line of comma-separated numbers."""
+        if content_type != "text/csv":
+            raise ValueError(f"content type {content_type}; expected application/json or text/csv")
+        return [[float(number) for number in body.split(b",")]]
+
+    def encode(self, instances: list[Any]) -> torch.Tensor:
+        """(N, 3) floats."""
+        for index, instance in enumerate(instances):
+            if not isinstance(instance, list) or len(instance) != 3:
+                raise ValueError(f"instance {index} is not a list of 3 numbers")
+            if instance[0] == ENCODE_BUG:
+                raise KeyError(instance[0])
+        return torch.tensor(instances, dtype=torch.float32)
+
+    def predict(self, batch: torch.Tensor) -> list[dict[str, Any]]:
+        """One prediction per row."""
+        if (batch[:, 0] == PREDICT_BUG).any():
+            raise RuntimeError("a row that breaks the forward pass")
+        rows = self.model(batch).softmax(1).tolist()
+        answers = [
+            {"class": row.index(max(row)), "label": "ab"[row.index(max(row))], "probabilities": row} for row in rows
+        ]
+        for answer in (answers[index] for index in (batch[:, 0] == NOT_JSON).nonzero().flatten().tolist()):
+            answer["probabilities"] = [float("nan")]
+        return answers

@@ -1,0 +1,3 @@
+"""Never part of an archive."""
+
+import data  # noqa: F401

@@ -1,0 +1,268 @@
+"""The main job, for real: data, training, gate, registry, archive, gateway, on a small slice of the real images.
+
+It takes minutes because it starts real servers, trains, and redeploys a few times.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import urllib3
+import yaml
+from tests.conftest import Checkout
+
+pytestmark = [pytest.mark.real, pytest.mark.slow]
+
+COMPONENT = "fashion_mnist"
+
+
+@pytest.fixture(scope="module")
+def small(checkout: Checkout) -> Checkout:
+    """The checkout, set to a slice of 1,500 images and one epoch; the floor is what that can reach."""
+    params = checkout.folder / "components" / COMPONENT / "params.yaml"
+    content = yaml.safe_load(params.read_text())
+    params.write_text(yaml.safe_dump({**content, "limit": 1500}))
+    _settings(checkout, floor=0.3)
+    return checkout
+
+
+@pytest.fixture(scope="module")
+def deployed(small: Checkout) -> Checkout:
+    small.ok("deploy-dev", "--component", COMPONENT)
+    return small
+
+
+def _settings(checkout: Checkout, floor: float, **training: Any) -> None:
+    overlay = {
+        "components": {
+            COMPONENT: {"metric": {"floor": floor}, "training": {"parameters": {"epochs": 1, **training}}},
+        }
+    }
+    (checkout.folder / "config" / "local.yaml").write_text(yaml.safe_dump(overlay))
+
+
+def _golden(checkout: Checkout) -> dict[str, Any]:
+    path = checkout.folder / "results" / COMPONENT / "train" / "golden.json"
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def _post(checkout: Checkout, body: bytes, **headers: str) -> urllib3.BaseHTTPResponse:
+    url = f"{checkout.gateway}/predictions/{COMPONENT}"
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return urllib3.request("POST", url, body=body, headers={"content-type": "application/json"} | names, retries=False)
+
+
+def _one(checkout: Checkout) -> bytes:
+    return json.dumps({"instances": _golden(checkout)["instances"][:1]}).encode()
+
+
+def _versions(checkout: Checkout) -> list[dict[str, Any]]:
+    url = f"{checkout.tracking}/api/2.0/mlflow/model-versions/search"
+    found = urllib3.request("GET", url, fields={"filter": f"name='{COMPONENT}'", "max_results": "100"}).json()
+    versions: list[dict[str, Any]] = found.get("model_versions", [])
+    return versions
+
+
+def _status(checkout: Checkout) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(checkout.ok("status", "--json").stdout)
+    return found
+
+
+def test_a_prediction_is_served_and_traced_to_its_version(deployed: Checkout) -> None:
+    golden = _golden(deployed)
+    answer = _post(deployed, json.dumps({"instances": golden["instances"]}).encode(), x_request_id="caller-1")
+    assert answer.status == 200
+    assert answer.headers["x-request-id"] == "caller-1"
+    assert answer.headers["x-component"] == COMPONENT
+    record = json.loads((deployed.folder / "results" / COMPONENT / "archive.json").read_text())
+    assert answer.headers["x-model-version"] == record["version"]
+    assert answer.headers["x-archive-digest"] == record["digest"]
+    predictions = answer.json()["predictions"]
+    assert [one["label"] for one in predictions] == [one["label"] for one in golden["predictions"]]
+
+
+def test_status_says_what_is_wanted_and_what_each_node_runs(deployed: Checkout) -> None:
+    found = _status(deployed)
+    assert found["tracking"] == {"url": deployed.tracking, "healthy": True}
+    state = found["perimeters"]["dev"]["components"][COMPONENT]
+    assert found["perimeters"]["dev"]["gateway"] == deployed.gateway
+    assert state["converged"] is True
+    assert state["nodes"][0]["version"] == state["wanted"]
+    assert state["nodes"][0]["healthy"] is True
+
+
+def _serving(checkout: Checkout) -> str:
+    found: str = _status(checkout)["perimeters"]["dev"]["components"][COMPONENT]["wanted"]
+    return found
+
+
+def test_lineage_is_complete_on_the_model_version(deployed: Checkout) -> None:
+    served = next(version for version in _versions(deployed) if str(version["version"]) == _serving(deployed))
+    tags = {tag["key"]: tag["value"] for tag in served["tags"]}
+    for key in ("git.commit", "git.dirty", "data.hash", "environment", "archive.digest", "verdict", "parameters"):
+        assert any(name.startswith("torchrelay.") and name.endswith(key) for name in tags), (key, sorted(tags))
+
+
+def test_with_nothing_changed_nothing_is_trained_and_it_says_so(deployed: Checkout) -> None:
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    before = len(_versions(deployed))
+    done = deployed.ok("deploy-dev", "--component", COMPONENT)
+    assert "nothing had changed" in done.stdout
+    assert len(_versions(deployed)) == before
+
+
+def test_plan_touches_nothing_and_names_what_would_run(deployed: Checkout) -> None:
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    before = len(_versions(deployed))
+    assert "nothing to do" in deployed.ok("plan", "--component", COMPONENT).stdout
+    source = deployed.folder / "components" / COMPONENT / "model.py"
+    text = source.read_text()
+    source.write_text(text + "\n# a changed training file\n")
+    try:
+        planned = deployed.ok("plan", "--component", COMPONENT).stdout
+    finally:
+        source.write_text(text)
+    assert "train_model" in planned
+    assert len(_versions(deployed)) == before
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"{", 400),
+        (b"", 400),
+        (b'{"instances": []}', 400),
+        (b'{"instances": [[1, 2, 3]]}', 400),
+        (b'{"inputs": 1}', 400),
+        (b"x" * 100_000_000, 413),
+    ],
+    ids=["bad JSON", "empty body", "no instance", "wrong shape", "other key", "100 MB"],
+)
+def test_a_malformed_request_is_refused_and_the_next_good_one_answers(
+    deployed: Checkout, body: bytes, status: int
+) -> None:
+    answer = _post(deployed, body)
+    assert answer.status == status
+    assert set(answer.json()) == {"error", "request_id"}
+    assert answer.json()["request_id"] == answer.headers["x-request-id"]
+    assert _post(deployed, _one(deployed)).status == 200
+
+
+def test_an_image_is_answered_like_its_numbers(deployed: Checkout) -> None:
+    from io import BytesIO
+
+    import numpy as np
+    from PIL import Image
+
+    instance = _golden(deployed)["instances"][0]
+    file = BytesIO()
+    Image.fromarray(np.asarray(instance, dtype="uint8")).save(file, format="PNG")
+    image = _post(deployed, file.getvalue(), content_type="image/png")
+    numbers = _post(deployed, _one(deployed))
+    assert image.status == 200
+    assert image.json()["predictions"][0]["class"] == numbers.json()["predictions"][0]["class"]
+
+
+def test_a_changed_parameter_redeploys_without_losing_a_request(deployed: Checkout) -> None:
+    body = _one(deployed)
+    before = _serving(deployed)
+    stop = threading.Event()
+    statuses: list[int] = []
+    kind = {"content-type": "application/json"}
+
+    def loop() -> None:
+        pool = urllib3.HTTPConnectionPool("127.0.0.1", deployed.port_base + 10, maxsize=1)
+        while not stop.is_set():
+            answer = pool.request("POST", f"/predictions/{COMPONENT}", body=body, headers=kind, retries=False)
+            statuses.append(answer.status)
+
+    clients = [threading.Thread(target=loop) for _ in range(4)]
+    for client in clients:
+        client.start()
+    try:
+        _settings(deployed, floor=0.3, seed=1)
+        deployed.ok("deploy-dev", "--component", COMPONENT)
+    finally:
+        stop.set()
+        for client in clients:
+            client.join()
+    assert len(statuses) > 100
+    assert set(statuses) == {200}
+    assert int(_post(deployed, body).headers["x-model-version"]) > int(before)
+
+
+def test_a_refused_candidate_moves_no_alias_and_says_why(deployed: Checkout) -> None:
+    serving = _serving(deployed)
+    _settings(deployed, floor=0.999, seed=2)
+    try:
+        done = deployed.run("deploy-dev", "--component", COMPONENT)
+        assert done.returncode != 0
+        assert "floor" in done.stderr
+        assert "next:" in done.stderr
+        assert _serving(deployed) == serving
+        assert _post(deployed, _one(deployed)).headers["x-model-version"] == serving
+    finally:
+        _settings(deployed, floor=0.3, seed=3)
+        deployed.ok("deploy-dev", "--component", COMPONENT)
+
+
+def test_a_killed_engine_is_mended(deployed: Checkout) -> None:
+    from torchrelay.serving.apply import node_config
+
+    node = node_config(deployed.state / "perimeters" / "dev" / "nodes" / "dev-1")
+    pattern = f"org.pytorch.serve.ModelServer.*{node.folder}"
+    listed = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
+    os.kill(int(listed.stdout.split()[0]), signal.SIGKILL)
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    assert _post(deployed, _one(deployed)).status == 200
+
+
+def test_down_and_up_bring_back_what_was_served(deployed: Checkout) -> None:
+    serving = _serving(deployed)
+    deployed.ok("down")
+    with pytest.raises(urllib3.exceptions.HTTPError):
+        _post(deployed, _one(deployed))
+    deployed.ok("up")
+    assert _post(deployed, _one(deployed)).headers["x-model-version"] == serving
+
+
+@pytest.mark.parametrize("rule", ["train_model", "register_model", "package_archive", "deploy_model"])
+def test_killed_in_the_middle_of_a_leg_the_same_command_resumes(deployed: Checkout, rule: str) -> None:
+    """kill -9 of the whole process group while the leg runs, then a rerun: one version per run, and it serves."""
+    seed = 10 + ["train_model", "register_model", "package_archive", "deploy_model"].index(rule)
+    _settings(deployed, floor=0.3, seed=seed)
+    child = deployed.popen("deploy-dev", "--component", COMPONENT, start_new_session=True)
+    assert child.stderr is not None
+    for line in child.stderr:
+        if f"▶ {rule}" in line:
+            break
+    time.sleep(0.3)
+    os.killpg(child.pid, signal.SIGKILL)
+    child.communicate()
+    assert _post(deployed, _one(deployed)).status == 200
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    versions = _versions(deployed)
+    assert len({version["run_id"] for version in versions}) == len(versions)
+    assert _status(deployed)["perimeters"]["dev"]["components"][COMPONENT]["converged"] is True
+
+
+def test_a_taken_port_is_reported_by_name(tmp_path: Path, deployed: Checkout) -> None:
+    other = {**deployed.environment, "TORCHRELAY_STATE": str(tmp_path / "state")}
+    done = subprocess.run(
+        [str(deployed.folder / ".venv" / "bin" / "python"), "-m", "torchrelay", "up"],
+        cwd=deployed.folder,
+        env=other,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 4
+    assert str(deployed.port_base) in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,1 @@
+"""Helpers of the engine tests: a second, minimal engine, and archives to load into either."""
