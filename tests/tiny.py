@@ -32,7 +32,7 @@ def predict(instance: list[float]) -> dict[str, object]:
     exponents = [math.exp(logit) for logit in logits]
     rows = [exponent / sum(exponents) for exponent in exponents]
     best = rows.index(max(rows))
-    return {"class": best, "label": "ab"[best], "probabilities": rows}
+    return {"class": best, "label": "ab"[best], "probabilities": rows, "value": rows[0]}
 
 
 def weights() -> bytes:

@@ -377,7 +377,9 @@ def prepare(params: dict[str, Any], raw: Path, validated: Path, output: Path) ->
     The same input and parameters give the same bytes. test.npz is the frozen test set: the authors' own.
     """
     require_accepted(raw, validated)
-    images, labels = (read_idx(raw / f"train-{kind}-ubyte", s) for kind, s in (("images-idx3", (28, 28)), ("labels-idx1", ())))
+    images, labels = (
+        read_idx(raw / f"train-{kind}-ubyte", s) for kind, s in (("images-idx3", (28, 28)), ("labels-idx1", ()))
+    )
     held, learnt = split_shares(labels, float(params["validation"]["share"]), int(params["validation"]["seed"]))
     tests = read_idx(raw / "t10k-images-idx3-ubyte", (SIDE, SIDE)), read_idx(raw / "t10k-labels-idx1-ubyte", ())
     share = 1.0 if params["limit"] is None else min(1.0, int(params["limit"]) / len(labels))

@@ -93,7 +93,12 @@ def describe_data(train: "Part", data_hash: str) -> DatasetInput:
         source_type="http",
         source=json.dumps({"url": URL}),
         schema=json.dumps(
-            {"mlflow_tensorspec": {"features": json.dumps(tensors["instances"]), "targets": json.dumps(tensors["labels"])}}
+            {
+                "mlflow_tensorspec": {
+                    "features": json.dumps(tensors["instances"]),
+                    "targets": json.dumps(tensors["labels"]),
+                }
+            }
         ),
         profile=json.dumps({"features_shape": list(train.images.shape), "targets_shape": list(train.labels.shape)}),
     )

@@ -120,7 +120,9 @@ def read_part(path: Path, device: torch.device) -> Part:
 # --- fit -------------------------------------------------------------------------------------------------------------
 
 
-def fit(recipe: Recipe, train: Part, val: Part, report: Callable[[int, Metrics], None]) -> tuple[Network, list[Metrics]]:
+def fit(
+    recipe: Recipe, train: Part, val: Part, report: Callable[[int, Metrics], None]
+) -> tuple[Network, list[Metrics]]:
     """Train with AdamW on a one-cycle schedule; `report` gets every epoch's metrics, counted from 1."""
     device = train.images.device
     torch.manual_seed(recipe.seed)

@@ -122,7 +122,17 @@ def _install(name: str, target: Path, log: Path) -> None:
 def _install_torch(python: Path, pinned: Path, log: Path) -> None:
     """Ask pip's own configuration for the variant's build first, then PyTorch's index for it."""
     requirement = next(line for line in pinned.read_text().splitlines() if line.startswith("torch=="))
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--no-deps", "--progress-bar", "off"]
+    pip: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--no-deps",
+        "--progress-bar",
+        "off",
+    ]
     if variant() == "cuda" or platform.system() != "Linux":
         _step([*pip, requirement], log)
     elif run_logged([*pip, f"{requirement}+cpu"], log):
@@ -130,10 +140,15 @@ def _install_torch(python: Path, pinned: Path, log: Path) -> None:
 
 
 def _step(command: list[Any], log: Path) -> None:
-    if run_logged(command, log, show=lambda line: "error" in line.lower()):
+    if run_logged(command, log, show=_worth_showing, indent="  "):
         raise ConfigError(
             f"{' '.join(map(str, command[:4]))} … failed", "an installation without errors", f"read {log}, then rerun"
         )
+
+
+def _worth_showing(line: str) -> bool:
+    """What the installer says of its progress, and errors; not pip's notices."""
+    return line.startswith("install:") or "error" in line.lower()
 
 
 def _sha256(content: bytes) -> str:

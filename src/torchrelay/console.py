@@ -15,9 +15,14 @@ _ESCAPES = re.compile(r"\033\[\d+m")
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
+def coloured() -> bool:
+    """Whether a terminal shows what is said: NO_COLOR says no, and a parent that shows our lines says FORCE_COLOR."""
+    return not os.environ.get("NO_COLOR") and (sys.stderr.isatty() or bool(os.environ.get("FORCE_COLOR")))
+
+
 def paint(text: str, colour: str) -> str:
-    """`text` in `colour` where stderr is a terminal and NO_COLOR is unset, else as it is."""
-    if not sys.stderr.isatty() or os.environ.get("NO_COLOR"):
+    """`text` in `colour` where colours are shown, else as it is."""
+    if not coloured():
         return text
     return f"\033[{_COLOURS[colour]}m{text}\033[0m"
 
@@ -77,6 +82,7 @@ def run_logged(
     show: Callable[[str], bool] = _nothing,
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
+    indent: str = "",
 ) -> int:
     """Run `command`; all that it prints goes to `log`, and the lines that `show` picks to the terminal too.
 
@@ -100,9 +106,11 @@ def run_logged(
                 file.write(line)
                 file.flush()
                 if show(line):
-                    say(f"  {line.rstrip()}")
+                    say(f"{indent}{line.rstrip()}")
             return child.wait()
         finally:
             if child.poll() is None:
                 child.kill()
                 child.wait()
+            if child.stdout:
+                child.stdout.close()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchrelay.config import Frozen, component_names, read_yaml, root, settings, write_file, write_json
+from torchrelay.console import run_logged
 from torchrelay.errors import DataError
 from torchrelay.handover import DataVersion
 
@@ -57,15 +58,14 @@ def run_stage(component: str, stage: Stage, python: str) -> None:
 
 
 def reproduce(component: str, log: Path) -> None:
-    """Bring `data/<component>/prepared` up to date with DVC, its output shown and written to `log`.
+    """Bring `data/<component>/prepared` up to date with DVC: its progress is shown, all it prints is in `log`.
 
     Raises DataError in the words of the data.py that failed, or with the log's name.
     """
     register_components()
     _place_cache()
     inputs, source = _print_of(_inputs(component)), _print_of(_source(component))
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_bytes(b"")
+    log.unlink(missing_ok=True)
     if (seen := _seen(component)) and seen.source != source:
         _dvc(["repro", "--force", "--single-item", f"extract@{component}"], component, log)
     _dvc(["repro", f"prepare@{component}"], component, log)
@@ -85,7 +85,9 @@ def version(component: str) -> DataVersion:
 
     Raises DataError where there is none yet.
     """
-    prepared = re.search(rf"^    - path: data/{component}/prepared\n(?:      .*\n)*?      md5: (\S+)", _lock(component), re.M)
+    prepared = re.search(
+        rf"^    - path: data/{component}/prepared\n(?:      .*\n)*?      md5: (\S+)", _lock(component), re.M
+    )
     if prepared is None:
         raise DataError(
             f"dvc.lock names no data/{component}/prepared", "data that DVC prepared", f"dvc repro prepare@{component}"
@@ -121,18 +123,14 @@ def register_components() -> bool:
 
 
 def _dvc(arguments: list[str], component: str, log: Path) -> None:
-    """Run DVC, pass its output on as it comes, append it to the log."""
+    """Run DVC: the stages' own lines are shown, all that it prints goes to the log."""
     command = [sys.executable, "-m", "dvc", *arguments]
-    process = subprocess.Popen(command, cwd=root(), env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    assert process.stdout is not None  # noqa: S101 - for the type checker; a pipe was asked for
-    with log.open("ab") as file, process:
-        for line in process.stdout:
-            file.write(line)
-            file.flush()
-            sys.stderr.write(line.decode(errors="replace"))
-            sys.stderr.flush()
-    if process.returncode:
+    if run_logged(command, log, show=_of_a_stage, environment=_environment(), folder=root(), indent="  "):
         raise _failure(component, log)
+
+
+def _of_a_stage(line: str) -> bool:
+    return line.startswith(tuple(f"{stage}: " for stage in STAGES))
 
 
 def _environment() -> dict[str, str]:
@@ -167,7 +165,9 @@ def _place_cache() -> None:
         return
     if ours:
         folder = settings().state.resolve() / "dvc"
-        text = f"{WRITTEN}\n[cache]\n    dir = {folder / 'cache'}\n['remote \"local\"']\n    url = {folder / 'remote'}\n"
+        text = (
+            f"{WRITTEN}\n[cache]\n    dir = {folder / 'cache'}\n['remote \"local\"']\n    url = {folder / 'remote'}\n"
+        )
         write_file(local, text.encode())
 
 

@@ -1,4 +1,4 @@
-"""Run one of `playbooks/`: progress by role on the terminal, everything else in a log, errors in the task's own words."""
+"""Run one of `playbooks/`: progress by role on the terminal, the rest in a log, errors in the task's own words."""
 
 import os
 import re

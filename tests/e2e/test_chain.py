@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import urllib3
 import yaml
+
 from tests.conftest import Checkout
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]

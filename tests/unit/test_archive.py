@@ -365,6 +365,16 @@ def test_the_archive_is_scored_on_a_frozen_test_set(packed: Path, tmp_path: Path
     assert len(found.scores) == len(found.slices["class"]) == 600
 
 
+def test_a_regression_is_scored_by_its_error(packed: Path, tmp_path: Path, component_python: str) -> None:
+    import numpy as np
+
+    np.savez(tmp_path / "test.npz", instances=np.array(tiny.INSTANCES), labels=np.array([0.0, 0.5, 2.0]))
+    found = archive.evaluate(packed / "model.mar", component_python, tmp_path / "test.npz", "regression")
+    values = [tiny.predict(instance)["probabilities"][0] for instance in tiny.INSTANCES]  # type: ignore[index]
+    assert found.scores == pytest.approx([-abs(values[0]), -abs(values[1] - 0.5), -abs(values[2] - 2.0)], abs=1e-6)
+    assert found.slices == {}
+
+
 @pytest.mark.parametrize(
     ("expected", "found", "difference"),
     [

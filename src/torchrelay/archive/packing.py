@@ -42,11 +42,10 @@ def pack(component_dir: Path, train_dir: Path, registration: Registration, envir
 
 
 def torchserve_manifest(component: str, version: str) -> bytes:
-    """What TorchServe reads first; it refuses an archive without a date, so the date is a constant."""
+    """What TorchServe reads first. It warns once a load that `createdOn` is missing: a date would change the bytes."""
     return json_bytes(
         {
             "archiverVersion": "0.12.0",
-            "createdOn": "01/01/1980 00:00:00",
             "model": {"handler": mar.BASE_HANDLER, "modelName": component, "modelVersion": version},
             "runtime": "python",
         }

@@ -11,7 +11,7 @@ import click
 
 from torchrelay.config import component as component_settings
 from torchrelay.config import component_names, read_json, root, settings, site
-from torchrelay.console import leg, paint, result, say
+from torchrelay.console import coloured, leg, paint, result, run_logged, say
 from torchrelay.errors import ServingError, TorchrelayError
 from torchrelay.handover import ArchiveRecord, Verdict
 from torchrelay.legs.places import results
@@ -84,16 +84,25 @@ def _run_chain(name: str) -> bool:
     """Run Snakemake; whether it had anything to do. What failed has named itself and its log by then."""
     stamp = results(name) / "deploy" / "dev.json"
     before = stamp.stat().st_mtime_ns if stamp.exists() else 0
-    done = subprocess.run(_snakemake(name, "--quiet", "all"), cwd=root(), env=_snakemake_environment(), check=False)
-    if done.returncode:
+    log = root() / "logs" / "deploy_dev" / f"{name}.log"
+    status = run_logged(
+        _snakemake(name, "--quiet", "all"), log, show=_of_the_legs, environment=_snakemake_environment(), folder=root()
+    )
+    if status:
         say(f"{paint('✗', 'red')} the chain stopped; what ran before is kept, and the same command resumes:")
         say(f"  next:     make deploy-dev COMPONENT={name}")
-        sys.exit(done.returncode)
+        sys.exit(status)
     return stamp.stat().st_mtime_ns != before
 
 
+def _of_the_legs(line: str) -> bool:
+    """All that the legs say; Snakemake tells the terminal which profile it took, which is for the log."""
+    return not line.startswith("Using profile")
+
+
 def _snakemake_environment() -> dict[str, str]:
-    return {**os.environ, "XDG_CACHE_HOME": str(settings().state / "cache"), "PYTHONUNBUFFERED": "1"}
+    colour = {"FORCE_COLOR": "1"} if coloured() else {}
+    return {**os.environ, **colour, "XDG_CACHE_HOME": str(settings().state / "cache"), "PYTHONUNBUFFERED": "1"}
 
 
 def _check_perimeter(name: str) -> None:
@@ -105,7 +114,7 @@ def _check_perimeter(name: str) -> None:
     here = site()
     record = read_json(ArchiveRecord, results(name) / "archive.json", f"make deploy-dev COMPONENT={name}")
     with leg("converge", "dev"):
-        request(Tracking(here.tracking.url), name, record.version, here.perimeters["dev"].alias)
+        request(Tracking(here.tracking.url), name, record.version, "dev")
         outcome = converge(here, "dev", why="make deploy-dev")
         if error := refused(outcome, name):
             raise error

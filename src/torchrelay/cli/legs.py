@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -43,7 +43,7 @@ _log_of_child = _log_option(exposed=True)
 @click.command()
 @_component
 @click.option("--stage", type=click.Choice(["extract", "validate", "prepare"]), required=True)
-def run_stage(component: str, stage: str) -> None:
+def run_stage(component: str, stage: Literal["extract", "validate", "prepare"]) -> None:
     """Run one data stage of a component in its own environment (what dvc.yaml calls)."""
     from torchrelay import components, data
 

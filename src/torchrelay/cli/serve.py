@@ -16,14 +16,17 @@ from torchrelay.errors import TorchrelayError
 @click.option("--node", "folder", type=click.Path(path_type=Path), required=True, help="The node's own folder.")
 @click.option("--desired", help="File of the desired state, or - for standard input; default: the last one asked for.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-def apply(folder: Path, desired: str | None, as_json: bool) -> None:
+@click.option("--every", type=float, metavar="SECONDS", help="Keep the node at what it was last asked for; never ends.")
+def apply(folder: Path, desired: str | None, as_json: bool, every: float | None) -> None:
     """Bring this serving node to its desired state and report what it serves."""
     from torchrelay.serving import apply as node_apply
 
+    if every is not None:
+        node_apply.keep(folder, every)
     node = node_apply.node_config(folder)
     error: TorchrelayError | None = None
     try:
-        report = node_apply.apply(node, _desired(desired) or node_apply.last_desired(node))
+        report = node_apply.apply(node, _desired(desired))
     except node_apply.ApplyError as fault:
         report, error = fault.report, fault
     if as_json:

@@ -22,8 +22,7 @@ def up() -> None:
         nodes.start()
         for perimeter in site().perimeters.values():
             for node in perimeter.nodes:
-                local = apply.node_config(node.folder)
-                apply.apply(local, apply.last_desired(local))
+                apply.apply(apply.node_config(node.folder))
     say("  next: make status")
 
 

@@ -39,7 +39,7 @@ def _perimeter(perimeter: Perimeter, tracking: Any) -> dict[str, Any]:
     reports = [observe(node_config(node.folder)) for node in perimeter.nodes]
     decisions = {claim.component: decide(claim) for claim in claims(tracking, perimeter)} if tracking else {}
     names = sorted({*decisions, *(served.component for report in reports for served in report.served)})
-    components = {}
+    components: dict[str, dict[str, Any]] = {}
     for name in names:
         decision = decisions.get(name)
         served = {report.node: next((s for s in report.served if s.component == name), None) for report in reports}

@@ -142,8 +142,8 @@ def _apply_on(node: Node, wanted: Desired) -> tuple[NodeReport, TorchrelayError 
             timeout=_APPLY_SECONDS,
             check=False,
         )
-    except subprocess.TimeoutExpired as error:
-        raise ServingError(f"apply on {node.name} took over {_APPLY_SECONDS} s", "an answer", "make status") from error
+    except subprocess.TimeoutExpired as late:
+        raise ServingError(f"apply on {node.name} took over {_APPLY_SECONDS} s", "an answer", "make status") from late
     _keep_log(node, done.stderr)
     answer = json.loads(done.stdout) if done.stdout.strip().startswith("{") else None
     if answer is None:
@@ -180,6 +180,12 @@ def _settle(tracking: Tracking, perimeter: Perimeter, outcome: Outcome, event: "
             event.record(tracking, "rollout", decision.wanted, live, event.why)
         elif decision.component in outcome.changed:
             event.record(tracking, "mend", decision.wanted, live, event.why)
+
+
+def record_refusal(tracking: Tracking, name: str, perimeter: Perimeter, candidate: Candidate, reason: str) -> None:
+    """Write into the ledger that a request was turned down; the same refusal is written once."""
+    live = tracking.alias(candidate.component, live_alias(perimeter))
+    _Event(name, reason, time.time()).record(tracking, "refusal", candidate, live, reason)
 
 
 @dataclass(frozen=True)

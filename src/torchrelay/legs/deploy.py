@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from torchrelay.config import site, write_json
-from torchrelay.delivery.converge import Outcome, converge, refusal_error, refused
+from torchrelay.delivery.converge import Outcome, converge, record_refusal, refusal_error, refused
 from torchrelay.delivery.plan import Candidate, refusal
 from torchrelay.errors import RefusedError, ServingError
 from torchrelay.handover import ArchiveRecord
@@ -14,7 +14,7 @@ def deploy_model(name: str, record: ArchiveRecord, perimeter: str, output: Path)
     """Ask for `record` in `perimeter` and bring the perimeter there. A version that may not go moves no alias."""
     here = site()
     tracking = Tracking(here.tracking.url)
-    request(tracking, name, record.version, here.perimeters[perimeter].alias)
+    request(tracking, name, record.version, perimeter)
     outcome = converge(here, perimeter, why=f"make deploy-{perimeter}")
     if error := refused(outcome, name):
         raise error
@@ -28,8 +28,12 @@ def deploy_model(name: str, record: ArchiveRecord, perimeter: str, output: Path)
     return outcome
 
 
-def request(tracking: Tracking, name: str, version: str, alias: str) -> None:
-    """Move the alias, unless the version may not be served or the alias is there already."""
+def request(tracking: Tracking, name: str, version: str, perimeter: str) -> None:
+    """Move the perimeter's alias to the version, unless it is there already.
+
+    A version that may not be served raises RefusedError, moves nothing, and is in the ledger.
+    """
+    place = site().perimeters[perimeter]
     found = tracking.version(name, version)
     if found is None:
         raise RefusedError(
@@ -39,7 +43,8 @@ def request(tracking: Tracking, name: str, version: str, alias: str) -> None:
         )
     candidate = Candidate(name, version, found.tags)
     if reason := refusal(candidate):
+        record_refusal(tracking, perimeter, place, candidate, reason)
         raise refusal_error(candidate, reason)
-    present = tracking.alias(name, alias)
+    present = tracking.alias(name, place.alias)
     if present is None or present.version != version:
-        tracking.set_alias(name, alias, version)
+        tracking.set_alias(name, place.alias, version)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from torchrelay import components
@@ -33,7 +34,7 @@ def train_model(name: str, data: DataVersion, prepared: Path, output: Path, log:
     return run
 
 
-def _command(name: str, parameters: dict[str, object]) -> list[str | Path]:
+def _command(name: str, parameters: Mapping[str, object]) -> list[str | Path]:
     mlflow = Path(components.environment(name).python).with_name("mlflow")
     words = [word for key, value in parameters.items() for word in ("-P", f"{key}={value}")]
     project = str(components.folder(name))
@@ -41,7 +42,7 @@ def _command(name: str, parameters: dict[str, object]) -> list[str | Path]:
 
 
 def _run(name: str, command: list[str | Path], log: Path) -> None:
-    status = run_logged(command, log, show=_progress, environment=_environment(name))
+    status = run_logged(command, log, show=_progress, indent="  ", environment=_environment(name))
     if status:
         raise ConfigError(
             f"training {name} ended with status {status}",

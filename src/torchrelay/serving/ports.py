@@ -1,4 +1,4 @@
-"""Ports on loopback: whether one is taken, and by whom, so that a clash is reported by name and not by a stack trace."""
+"""Ports on loopback: whether one is taken, and by whom, so that a clash is reported by name, without a stack trace."""
 
 import errno
 import socket

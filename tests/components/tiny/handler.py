@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from model import Tiny
 from safetensors.torch import load_file
+
+from model import Tiny
 
 ENCODE_BUG, PREDICT_BUG, NOT_JSON = 1001.0, 1002.0, 1003.0
 
@@ -38,7 +39,8 @@ class Predictor:
             raise RuntimeError("a row that breaks the forward pass")
         rows = self.model(batch).softmax(1).tolist()
         answers = [
-            {"class": row.index(max(row)), "label": "ab"[row.index(max(row))], "probabilities": row} for row in rows
+            {"class": best, "label": "ab"[best], "probabilities": row, "value": row[0]}
+            for best, row in ((row.index(max(row)), row) for row in rows)
         ]
         for answer in (answers[index] for index in (batch[:, 0] == NOT_JSON).nonzero().flatten().tolist()):
             answer["probabilities"] = [float("nan")]

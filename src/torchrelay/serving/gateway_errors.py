@@ -1,6 +1,9 @@
--- Gives errors that neither a handler nor Envoy made (TorchServe's own) the form that callers know, keeping the status.
--- A handler's answer carries x-component, Envoy's own carries x-torchrelay-own-reply, which ends here.
+"""What Envoy's Lua filter does with errors that neither a handler nor Envoy made: our form, the status kept.
 
+A handler's answer carries x-component; Envoy's own carries x-torchrelay-own-reply, which ends here.
+"""
+
+SCRIPT = r"""
 local function error_text(status, body)
   -- TorchServe prints one key a line; a JSON string holds no raw newline, so this is the whole string, still escaped.
   local message = body:match('"message"%s*:%s*"(.-)"%s*\n')
@@ -28,3 +31,4 @@ function envoy_on_response(handle)
   headers:replace("content-length", length)
   headers:replace("content-type", "application/json")
 end
+"""

@@ -1,0 +1,148 @@
+"""Each ailment is found and comes with a remedy; a healthy or a fresh machine is told so."""
+
+import os
+import socket
+import sqlite3
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from torchrelay import config, doctor
+from torchrelay.config import GatewayPlace, Node, NodeConfig, Perimeter, Site, TrackingServer, write_json
+from torchrelay.handover import Environment
+
+
+@pytest.fixture(autouse=True)
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "checkout"
+    for name in ("components", "config", "requirements", ".dvc"):
+        (folder / name).mkdir(parents=True)
+    (folder / "Snakefile").touch()
+    (folder / "config" / "defaults.yaml").write_text("state: .torchrelay\n")
+    (folder / ".dvc" / "config").write_text("[core]\n    remote = local\n['remote \"local\"']\n    url = ../remote\n")
+    (folder / "requirements" / "run.lock").write_text("click==0.0.1 \\\n    --hash=sha256:0\nabsent-package==1.0\n")
+    subprocess.run(["git", "init", "-q", str(folder)], check=True)
+    for name in ("STATE", "PORT_BASE", "INVENTORY", "VARIANT", "CONFIG"):
+        monkeypatch.delenv(f"TORCHRELAY_{name}", raising=False)
+    monkeypatch.setenv("TORCHRELAY_ROOT", str(folder))
+    monkeypatch.setenv("TORCHRELAY_KEYS", str(tmp_path / "keys"))
+    config.settings.cache_clear()
+    yield folder
+    config.settings.cache_clear()
+
+
+def site(port: int) -> Path:
+    """A configured site whose tracking server has this port."""
+    state = config.settings().state
+    node = state / "perimeters" / "dev" / "nodes" / "dev-1"
+    place = GatewayPlace(folder=state, port=port, admin_port=port)
+    paths = dict.fromkeys(("supervisor", "programs", "logs", "environments", "java_home", "trust"), state)
+    write_json(
+        node / "node.json",
+        NodeConfig(name="dev-1", perimeter="dev", folder=node, engine_ports=(1, 2), gateway=place, **paths),
+    )
+    perimeter = Perimeter(alias="dev", gateway=f"http://127.0.0.1:{port}", nodes=(Node(name="dev-1", folder=node),))
+    server = TrackingServer(url=f"http://127.0.0.1:{port}")
+    write_json(state / "site.json", Site(supervisor=state, tracking=server, perimeters={"dev": perimeter}))
+    return state
+
+
+def test_it_looks_at_everything_and_each_ailment_has_a_remedy() -> None:
+    findings = {finding.name: finding for finding in doctor.diagnose()}
+    assert len(findings) == len(doctor.diagnose()) == 15
+    assert findings["python"].ok and findings["git"].ok and findings["java"].ok and findings["gateway"].ok
+    assert all(finding.remedy for finding in findings.values() if not finding.ok)
+
+
+def test_packages_that_differ_from_the_lock_are_named() -> None:
+    found = doctor.packages()
+    assert not found.ok
+    assert "absent-package missing instead of 1.0" in found.found
+    assert "instead of 0.0.1" in found.found
+    assert found.remedy == "make setup"
+
+
+def test_a_missing_lock_is_a_finding(checkout: Path) -> None:
+    (checkout / "requirements" / "run.lock").unlink()
+    assert [finding.found for finding in doctor.diagnose() if "run.lock" in finding.found]
+
+
+def test_a_key_that_others_may_read() -> None:
+    private = config.settings().keys / "dev" / "signing.pem"
+    private.parent.mkdir(parents=True)
+    private.touch(mode=0o600)
+    assert doctor.keys().ok
+    private.chmod(0o644)
+    assert not doctor.keys().ok
+    assert doctor.keys().remedy == f"chmod 600 {private}"
+
+
+def test_an_environment_that_was_cut_short(tmp_path: Path) -> None:
+    folder = config.settings().state / "environments" / "py3-cpu-0"
+    folder.mkdir(parents=True)
+    assert not doctor.environments().ok
+    whole = Environment(name=folder.name, variant="cpu", python=str(tmp_path), lock_sha256="0")
+    write_json(folder / "environment.json", whole)
+    assert doctor.environments().ok
+    write_json(folder / "environment.json", whole.model_copy(update={"python": str(tmp_path / "gone")}))
+    assert not doctor.environments().ok
+
+
+def test_a_checkout_without_a_data_remote(checkout: Path) -> None:
+    assert doctor.data_remote().ok
+    (checkout / ".dvc" / "config").write_text("")
+    assert not doctor.data_remote().ok
+
+
+def test_a_port_of_somebody_else_is_named() -> None:
+    assert doctor.ports().ok
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        site(port)
+        assert not doctor.ports().ok
+        assert f"{port} (the tracking server) is taken by" in doctor.ports().found
+    assert doctor.ports().ok
+
+
+def test_what_a_killed_supervisord_left_behind() -> None:
+    assert doctor.supervisor().ok
+    pid = config.settings().state / "supervisor" / "supervisord.pid"
+    pid.parent.mkdir(parents=True)
+    pid.write_text("1")
+    assert not doctor.supervisor().ok
+    assert "supervisord.pid" in doctor.supervisor().found
+
+
+def test_a_database_that_is_not_in_wal_mode() -> None:
+    assert doctor.tracking().ok
+    database = site(1) / "tracking" / "mlflow.db"
+    database.parent.mkdir()
+    connection = sqlite3.connect(database)
+    connection.execute("CREATE TABLE t (x)")
+    assert not doctor.tracking().ok
+    assert "journal mode delete" in doctor.tracking().found
+    connection.execute("PRAGMA journal_mode=wal")
+    assert doctor.tracking().ok
+    connection.close()
+
+
+def test_a_clock_behind_the_last_commit(checkout: Path) -> None:
+    assert doctor.clock().ok
+    later = {"GIT_AUTHOR_DATE": "2090-01-01T00:00:00Z", "GIT_COMMITTER_DATE": "2090-01-01T00:00:00Z"}
+    who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run(
+        ["git", *who, "commit", "-q", "--allow-empty", "-m", "later"],
+        cwd=checkout,
+        env={**os.environ, **later},
+        check=True,
+    )
+    assert not doctor.clock().ok
+
+
+def test_a_tool_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert not doctor.make().ok
+    assert doctor.make().remedy == "install GNU make"
