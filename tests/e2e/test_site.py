@@ -11,10 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 import urllib3
-from torchrelay import config, doctor, nodes
-from torchrelay.tracking import Tracking
 
-from tests.conftest import free_port_base
+from torchrelay import config, doctor, nodes
+from torchrelay.serving.ports import port_taken
+from torchrelay.tracking import Tracking
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.real
@@ -29,7 +29,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("TORCHRELAY_ROOT", str(ROOT))
         patch.setenv("TORCHRELAY_STATE", str(folder))
         patch.setenv("TORCHRELAY_KEYS", str(folder.parent / "keys"))
-        patch.setenv("TORCHRELAY_PORT_BASE", str(free_port_base()))
+        patch.setenv("TORCHRELAY_PORT_BASE", str(free_base()))
         patch.setenv("HOME", str(folder.parent / "home"))
         config.settings.cache_clear()
         nodes.configure(folder / "logs" / "configure.log")
@@ -44,6 +44,16 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def up(state: Path) -> None:
     nodes.start()
+
+
+def free_base() -> int:
+    """A port base whose three ports (tracking, gateway, gateway's admin) nobody listens on."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            base = int(probe.getsockname()[1])
+        if base < 65000 and not any(map(port_taken, (base, base + 10, base + 11))):
+            return base
 
 
 def ours(state: Path) -> list[psutil.Process]:

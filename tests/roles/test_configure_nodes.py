@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from torchrelay import config, nodes
 from torchrelay.config import NodeConfig, Site
 from torchrelay.errors import ConfigError
@@ -108,8 +109,8 @@ def test_what_cannot_work_is_refused_before_any_change(state: Path, extra: dict[
 HOSTS = {"serving": "dev-1", "tracking": "this-machine", "control": "this-machine", "supervisor": "this-machine"}
 
 
-def test_a_port_base_that_cannot_be_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settle(monkeypatch, tmp_path / "x" * 60)
+def test_a_state_folder_too_deep_for_a_socket_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settle(monkeypatch, tmp_path / ("x" * 60))
     with pytest.raises(ConfigError) as caught:
         nodes.configure(tmp_path / "configure.log")
     assert "Set another state folder" in caught.value.found

@@ -46,9 +46,9 @@ def _parent_run(tracking: Tracking, name: str, verdict: Verdict) -> str | None:
 
 
 def package_archive(name: str, registration: Registration, train: Path, folder: Path, record: Path) -> ArchiveRecord:
-    """Pack, sign and upload. The archive of a version is made once: same inputs give the same bytes."""
+    """Pack, sign and upload, once per version: the archive that a version already has is fetched, not made again."""
     tracking = Tracking(site().tracking.url)
-    manifest = _packed(name, registration, train, folder)
+    manifest = _made_before(tracking, registration, folder) or _packed(name, registration, train, folder)
     url = tracking.artifact_url(registration.run_id, f"torchrelay/archive/{manifest.digest}")
     for file in ("model.mar", "manifest.json", "model.sig"):
         path = f"torchrelay/archive/{manifest.digest}/{file}"
@@ -69,6 +69,16 @@ def package_archive(name: str, registration: Registration, train: Path, folder: 
     )
     write_json(record, found)
     return found
+
+
+def _made_before(tracking: Tracking, registration: Registration, folder: Path) -> Manifest | None:
+    """The archive that this version was given earlier, when the code around the model may have been another."""
+    version = tracking.version(registration.component, registration.version)
+    digest = version.tags.get(lineage.TAG_DIGEST) if version else None
+    if version is None or digest is None:
+        return None
+    archive.fetch(version.tags[lineage.TAG_ARCHIVE_URL], folder)
+    return archive.verify(folder, settings().keys / "dev" / "signing.pub", digest)
 
 
 def _packed(name: str, registration: Registration, train: Path, folder: Path) -> Manifest:

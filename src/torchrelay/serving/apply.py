@@ -188,10 +188,11 @@ class _Apply:
             shutil.rmtree(folder.with_suffix(".refused"), ignore_errors=True)
             folder.rename(folder.with_suffix(".refused"))
             raise
-        if (manifest.component, manifest.version) != (wanted.component, wanted.version):
+        found = (manifest.component, manifest.version, manifest.environment)
+        if found != (wanted.component, wanted.version, wanted.environment):
             raise ServingError(
-                f"the archive at {wanted.url} is {manifest.component} version {manifest.version}",
-                f"{wanted.component} version {wanted.version}",
+                f"the archive at {wanted.url} is {found[0]} version {found[1]} for environment {found[2]}",
+                f"{wanted.component} version {wanted.version} for environment {wanted.environment}",
                 "make deploy-dev",
             )
         return folder
