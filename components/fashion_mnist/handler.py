@@ -23,7 +23,7 @@ class Predictor:
 
     def decode(self, body: bytes, content_type: str) -> list[Any]:
         """The one instance in a PNG or JPEG body; ValueError if it is not one of 28×28 pixels."""
-        if content_type.split(";")[0].strip().lower() not in IMAGE_TYPES:
+        if content_type.partition(";")[0].strip().lower() not in IMAGE_TYPES:
             raise ValueError(f"content type {content_type!r}: application/json, {' or '.join(IMAGE_TYPES)}")
         # Pillow takes as long to import as a worker has to answer several hundred requests that need none.
         from PIL import Image

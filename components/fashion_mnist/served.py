@@ -16,7 +16,7 @@ class Served(mlflow.pyfunc.PythonModel):
         """Load the weights that were logged with the model."""
         self.predictor = Predictor(Path(context.artifacts["weights"]).parent)
 
-    # MLflow knows no type hint for an array; the signature carries element type and shape instead.
+    # MLflow knows no type hint for an array (it warns that there is none); the signature has element type and shape.
     def predict(self, context: Any, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
         """One prediction for every image of (N, 28, 28)."""
         return self.predictor.predict(self.predictor.encode(np.asarray(model_input).tolist()))

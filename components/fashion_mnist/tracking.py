@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -81,25 +80,16 @@ class TrackedRun:
 
 def describe_data(train: "Part", data_hash: str) -> DatasetInput:
     """The training data under DVC's hash. `mlflow.data.from_numpy` would want scipy, only to name the element types."""
-    columns = {"instances": train.images, "labels": train.labels}
     tensors = {
-        name: [{"type": "tensor", "tensor-spec": {"dtype": str(values.dtype).removeprefix("torch."), "shape": shape}}]
-        for name, values in columns.items()
-        for shape in [[-1, *values.shape[1:]]]
+        "features": Schema([TensorSpec(np.dtype(np.uint8), (-1, SIDE, SIDE))]).to_json(),
+        "targets": Schema([TensorSpec(np.dtype(np.int64), (-1,))]).to_json(),
     }
     dataset = Dataset(
         name="fashion_mnist",
         digest=data_hash[:36],
         source_type="http",
         source=json.dumps({"url": URL}),
-        schema=json.dumps(
-            {
-                "mlflow_tensorspec": {
-                    "features": json.dumps(tensors["instances"]),
-                    "targets": json.dumps(tensors["labels"]),
-                }
-            }
-        ),
+        schema=json.dumps({"mlflow_tensorspec": tensors}),
         profile=json.dumps({"features_shape": list(train.images.shape), "targets_shape": list(train.labels.shape)}),
     )
     return DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])
@@ -116,18 +106,15 @@ def log_model(weights: Path) -> str:
     signature = ModelSignature(
         inputs=Schema([TensorSpec(np.dtype(np.uint8), (-1, SIDE, SIDE))]), outputs=Schema(prediction)
     )
-    with warnings.catch_warnings():
-        # MLflow has no type hint for an array and asks for one all the same.
-        warnings.filterwarnings("ignore", message=".*Add type hints to the `predict` method")
-        info = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=str(HERE / "served.py"),
-            code_paths=[str(HERE / "model.py"), str(HERE / "handler.py")],
-            artifacts={"weights": str(weights)},
-            pip_requirements=pinned_requirements(),
-            signature=signature,
-            input_example=example,
-        )
+    info = mlflow.pyfunc.log_model(
+        name="model",
+        python_model=str(HERE / "served.py"),
+        code_paths=[str(HERE / "model.py"), str(HERE / "handler.py")],
+        artifacts={"weights": str(weights)},
+        pip_requirements=pinned_requirements(),
+        signature=signature,
+        input_example=example,
+    )
     return str(info.model_uri)
 
 

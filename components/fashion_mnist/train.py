@@ -1,7 +1,8 @@
 """The training recipe of fashion_mnist, from top to bottom: read, fit, judge, write, log. `mlflow run` calls it.
 
 It leaves model.safetensors, golden.json, evaluation.json and plots in the output folder and, when everything
-else is in place, run.json. On one machine type the same parameters, data and thread count give the same weights, bit for bit.
+else is in place, run.json. On one machine type the same parameters, data and thread count give the same
+weights, bit for bit.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from handler import Predictor
 from model import LABELS, SIDE, Network, save
 
 Metrics = dict[str, float]
+Report = Callable[[int, Metrics], None]
 HERE = Path(__file__).resolve().parent
 
 
@@ -50,6 +52,15 @@ class Part:
     labels: Tensor
 
 
+@dataclass(frozen=True)
+class Learner:
+    """A network and what changes its weights."""
+
+    network: Network
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+
+
 def main() -> None:
     """Train, write the files of the hand-over and log everything to the run that `mlflow run` opened."""
     given = read_arguments()
@@ -63,7 +74,7 @@ def main() -> None:
 
     with TrackedRun() as run:
         run.log_start(facts(device), train, given.data_hash)
-        network, history = fit(recipe, train, val, lambda epoch, metrics: run.log_epoch(epoch, metrics))
+        network, history = fit(recipe, train, val, run.log_epoch)
         save(network, given.output / "model.safetensors")
         predictor = Predictor(given.output)
         evaluation, confusion = evaluate(predictor, given.data / "test.npz")
@@ -120,9 +131,7 @@ def read_part(path: Path, device: torch.device) -> Part:
 # --- fit -------------------------------------------------------------------------------------------------------------
 
 
-def fit(
-    recipe: Recipe, train: Part, val: Part, report: Callable[[int, Metrics], None]
-) -> tuple[Network, list[Metrics]]:
+def fit(recipe: Recipe, train: Part, val: Part, report: Report) -> tuple[Network, list[Metrics]]:
     """Train with AdamW on a one-cycle schedule; `report` gets every epoch's metrics, counted from 1."""
     device = train.images.device
     torch.manual_seed(recipe.seed)
@@ -133,10 +142,11 @@ def fit(
     steps = len(train.labels) // min(recipe.batch_size, len(train.labels))
     optimizer = torch.optim.AdamW(network.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: one_cycle(step / (recipe.epochs * steps)))
+    learner = Learner(network, optimizer, schedule)
     history: list[Metrics] = []
     for epoch in range(1, recipe.epochs + 1):
         began = time.monotonic()
-        metrics = one_epoch(recipe, network, optimizer, schedule, train, draw) | judge(network, val)
+        metrics = one_epoch(recipe, learner, train, draw) | judge(network, val)
         metrics |= {"learning_rate": schedule.get_last_lr()[0], "epoch_seconds": time.monotonic() - began}
         history.append(metrics)
         say(
@@ -153,28 +163,20 @@ def one_cycle(done: float) -> float:
     return max(done / rise, 0.04) if done < rise else (1 + math.cos(math.pi * (done - rise) / (1 - rise))) / 2
 
 
-def one_epoch(
-    recipe: Recipe,
-    network: Network,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    train: Part,
-    draw: torch.Generator,
-) -> Metrics:
+def one_epoch(recipe: Recipe, learner: Learner, train: Part, draw: torch.Generator) -> Metrics:
     """One pass over the training images in a new order; an incomplete last batch waits for the next pass."""
-    network.train()
+    learner.network.train()
     size = min(recipe.batch_size, len(train.labels))
     rows = torch.randperm(len(train.labels), generator=draw)[: len(train.labels) // size * size]
     losses, hits = [], []
-    for batch in rows.view(-1, size):
-        batch = batch.to(train.labels.device)
+    for batch in rows.to(train.labels.device).view(-1, size):
         labels = train.labels[batch]
-        logits = network(augment(train.images[batch], recipe.shift, draw))
+        logits = learner.network(augment(train.images[batch], recipe.shift, draw))
         loss = nn.functional.cross_entropy(logits, labels)
-        optimizer.zero_grad()
+        learner.optimizer.zero_grad()
         loss.backward()
-        optimizer.step()
-        schedule.step()
+        learner.optimizer.step()
+        learner.schedule.step()
         losses.append(loss.detach())
         hits.append((logits.detach().argmax(1) == labels).float().mean())
     return {"train_loss": torch.stack(losses).mean().item(), "train_accuracy": torch.stack(hits).mean().item()}

@@ -5,10 +5,12 @@ It takes minutes because it starts real servers, trains, and redeploys a few tim
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -267,3 +269,51 @@ def test_a_taken_port_is_reported_by_name(tmp_path: Path, deployed: Checkout) ->
     assert done.returncode == 4
     assert str(deployed.port_base) in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A headless Chromium with an empty profile; what it lacks is named in the skip."""
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver on PATH: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = shutil.which("chromium") or ""
+    words = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
+    for word in (*words, "disable-component-update", "disable-sync", f"user-data-dir={tmp_path}"):
+        options.add_argument(f"--{word}")
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        yield driver
+    finally:
+        driver.quit()
+
+
+def _page(browser: Any, url: str, *words: str) -> str:
+    """The text of a page once all `words` are on it."""
+    from selenium.webdriver.common.by import By
+
+    browser.get(url)
+    deadline = time.monotonic() + 60
+    text = ""
+    while time.monotonic() < deadline:
+        text = browser.find_element(By.TAG_NAME, "body").text
+        if all(word in text for word in words):
+            return text
+        time.sleep(0.5)
+    raise AssertionError(f"{url} does not show {words}; it shows:\n{text[:3000]}")
+
+
+def test_the_page_of_mlflow_shows_the_run_with_its_metrics_and_artifacts(deployed: Checkout, browser: Any) -> None:
+    run = json.loads((deployed.folder / "results" / COMPONENT / "train" / "run.json").read_text())
+    place = f"{deployed.tracking}/#/experiments/{run['experiment_id']}/runs/{run['run_id']}"
+    _page(browser, place, "val_accuracy", "epochs")
+    _page(browser, f"{place}/artifacts", "torchrelay")
+
+
+def test_the_page_of_mlflow_shows_the_version_with_its_alias_and_verdict(deployed: Checkout, browser: Any) -> None:
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    place = f"{deployed.tracking}/#/models/{COMPONENT}/versions/{_serving(deployed)}"
+    _page(browser, place, "torchrelay.verdict", "dev-live")

@@ -160,8 +160,7 @@ def test_stop_ends_what_a_killed_supervisord_left(state: Path) -> None:
     assert ours(state)
     nodes.stop()
     assert ours(state) == []
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", int(config.site().tracking.url.rpartition(":")[2])))
+    assert not any(port_taken(port) for port, _ in nodes.needed_ports(config.site()))
 
 
 def test_a_supervisord_without_its_socket_is_replaced(state: Path) -> None:

@@ -54,10 +54,11 @@ def package_archive(name: str, registration: Registration, train: Path, folder: 
         path = f"torchrelay/archive/{manifest.digest}/{file}"
         tracking.upload_artifact(registration.run_id, path, folder / file)
     tags = {
-        lineage.TAG_DIGEST: manifest.digest,
         lineage.TAG_ARCHIVE_URL: url,
         lineage.TAG_ENVIRONMENT: manifest.environment,
         lineage.TAG_SERVING: json.dumps(component(name).serving.model_dump(), sort_keys=True),
+        # Last: a version that has a digest has all that serving it needs.
+        lineage.TAG_DIGEST: manifest.digest,
     }
     tracking.set_version_tags(name, registration.version, tags)
     found = ArchiveRecord(

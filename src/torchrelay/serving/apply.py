@@ -126,20 +126,26 @@ class _Apply:
         self._ensure_gateway()
         errors: list[TorchrelayError] = []
         before = {backend.component: backend for backend in gateway.live_backends(self.node.gateway)}
+        last = {wanted.component: wanted for wanted in last_desired(self.node).components}
         after: list[Backend] = []
+        reached: list[WantedVersion] = []
         for wanted in desired.components:
+            name = wanted.component
             try:
                 after.append(self._bring_up(wanted))
+                reached.append(wanted)
             except TorchrelayError as error:
                 errors.append(error)
-                after.extend(before[name] for name in (wanted.component,) if name in before)
+                after.extend([before[name]] if name in before else [])
+                reached.extend([last[name]] if name in last else [])
         if gateway.apply_routes(self.node.gateway, Routes(backends=tuple(after))):
             self.changed |= {backend.component for backend in after if before.get(backend.component) != backend}
         self._retire(after)
+        # What was reached, not what was asked: this is what the node goes back to by itself.
+        write_json(self.node.folder / "desired.json", Desired(perimeter=desired.perimeter, components=tuple(reached)))
         report = self._report()
         if errors:
             raise ApplyError(report, errors)
-        write_json(self.node.folder / "desired.json", desired)
         return report
 
     def _report(self) -> NodeReport:

@@ -1,0 +1,25 @@
+"""The model as MLflow serves it, stored as this code and its weights, never as a pickle."""
+
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+
+from handler import Predictor
+
+
+class Served(mlflow.pyfunc.PythonModel):
+    """The same predictor that Torchrelay serves, behind MLflow's own scoring server."""
+
+    def load_context(self, context: Any) -> None:
+        """Load the weights that were logged with the model."""
+        self.predictor = Predictor(Path(context.artifacts["weights"]).parent)
+
+    # MLflow knows no type hint for an array; the signature carries element type and shape instead.
+    def predict(self, context: Any, model_input, params=None):  # type: ignore[no-untyped-def]  # noqa: ARG002
+        """One prediction for every image of (N, 8, 8)."""
+        return self.predictor.predict(self.predictor.encode(np.asarray(model_input).tolist()))
+
+
+mlflow.models.set_model(Served())

@@ -1,6 +1,0 @@
-"""Lets the tests import the component's modules by their plain names, as its scripts do."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

@@ -1,0 +1,243 @@
+"""kill -9 between any two effects of register, package, prove and deploy: a rerun ends with one version per run, live.
+
+The registry and the node are simulated so that every boundary can be tried; the legs, the plan and converge are real.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tiny
+from torchrelay import archive, components, ledger, lineage
+from torchrelay.config import Component, Node, Perimeter, Settings, Site, TrackingServer, read_json
+from torchrelay.delivery import converge
+from torchrelay.delivery.plan import Candidate, refusal
+from torchrelay.errors import RefusedError
+from torchrelay.handover import (
+    ArchiveRecord,
+    DataVersion,
+    Desired,
+    Environment,
+    Manifest,
+    NodeReport,
+    Proof,
+    Registration,
+    ServedVersion,
+    TrainedRun,
+    Verdict,
+)
+from torchrelay.legs import deploy, register
+from torchrelay.tracking import ModelVersion
+
+
+class Killed(BaseException):
+    """The process is gone: nothing may catch this."""
+
+
+class Registry:
+    """What outlives a kill: versions, aliases, artifacts, the ledger, and what the node serves."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.versions_made: list[ModelVersion] = []
+        self.aliases_set: dict[str, str] = {}
+        self.ledger: dict[str, ledger.Entry] = {}
+        self.served: tuple[ServedVersion, ...] = ()
+        self.boundaries = 0
+        self.kill_at: int | None = None
+
+    def effect(self, do: Callable[[], Any]) -> Any:
+        self._boundary()
+        found = do()
+        for alias, version in self.aliases_set.items():
+            held = self.version("tiny", version)
+            assert held is not None
+            assert refusal(Candidate("tiny", version, held.tags)) is None, f"{alias} points at a refused version"
+        self._boundary()
+        return found
+
+    def _boundary(self) -> None:
+        self.boundaries += 1
+        if self.boundaries == self.kill_at:
+            raise Killed
+
+    def register_version(self, component: str, run_id: str, source: str, tags: Mapping[str, str]) -> ModelVersion:
+        if not any(one.run_id == run_id for one in self.versions_made):
+            made = ModelVersion(
+                name=component,
+                version=str(len(self.versions_made) + 1),
+                run_id=run_id,
+                source=source,
+                status="READY",
+                tags={},
+                aliases=(),
+            )
+            self.effect(lambda: self.versions_made.append(made))
+        version = next(one for one in self.versions_made if one.run_id == run_id)
+        self.set_version_tags(component, version.version, tags)
+        return version
+
+    def set_version_tags(self, name: str, version: str, tags: Mapping[str, str]) -> None:
+        for key, value in tags.items():
+            held = self.version(name, version)
+            assert held is not None
+            self.effect(lambda held=held, key=key, value=value: held.tags.__setitem__(key, value))
+
+    def version(self, name: str, version: str) -> ModelVersion | None:
+        return next((one for one in self.versions_made if one.version == version), None)
+
+    def models(self) -> dict[str, dict[str, str]]:
+        return {"tiny": self.aliases_set}
+
+    def alias(self, name: str, alias: str) -> ModelVersion | None:
+        return self.version(name, self.aliases_set.get(alias, ""))
+
+    def set_alias(self, name: str, alias: str, version: str) -> None:
+        self.effect(lambda: self.aliases_set.__setitem__(alias, version))
+
+    def artifact_url(self, run_id: str, path: str) -> str:
+        return str(self.folder / run_id / path)
+
+    def upload_artifact(self, run_id: str, path: str, content: Path) -> None:
+        target = self.folder / run_id / path
+
+        def copy() -> None:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(content, target)
+
+        self.effect(copy)
+
+
+PERIMETER = Perimeter(alias="dev", gateway="http://x", nodes=(Node(name="dev-1", folder=Path("/nowhere")),))
+SITE = Site(supervisor=Path("s"), tracking=TrackingServer(url="http://x"), perimeters={"dev": PERIMETER})
+ENVIRONMENT = Environment(name=tiny.ENVIRONMENT, variant="cpu", python="python", lock_sha256="0")
+
+
+@pytest.fixture
+def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry]:
+    made = Registry(tmp_path / "artifacts")
+    here = Settings(state=tmp_path / "state", keys=tmp_path / "keys")
+    described = Component.model_validate(
+        {"name": "tiny", "description": "d", "task": "classification", "data": "none", "metric": {"floor": 0.5}}
+    )
+
+    def apply_on(node: Node, wanted: Desired) -> tuple[NodeReport, None]:
+        served = tuple(
+            ServedVersion(component=one.component, version=one.version, digest=one.digest, healthy=True, changed=True)
+            for one in wanted.components
+        )
+        made.effect(lambda: setattr(made, "served", served))
+        return NodeReport(node=node.name, served=served), None
+
+    def verify(folder: Path, key: Path, digest: str | None = None) -> Manifest:
+        assert archive.digest(folder / "model.mar") == digest
+        return read_json(Manifest, folder / "manifest.json", "x")
+
+    def fetch(url: str, target: Path) -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        shutil.copytree(url, target)
+
+    def proof(mar: Path, python: str) -> Proof:
+        return Proof(component="tiny", version="1", digest=archive.digest(mar), samples=3, largest_difference=0)
+
+    def record(tracking: object, perimeter: str, entry: ledger.Entry, outbox: Path) -> str:
+        made.effect(lambda: made.ledger.setdefault(entry.key(perimeter), entry))
+        return "run"
+
+    replaced: dict[tuple[object, str], object] = {
+        (archive, "sign"): lambda folder, key: (folder / "model.sig").write_text("signed"),
+        (archive, "verify"): verify,
+        (archive, "fetch"): fetch,
+        (archive, "prove"): proof,
+        (components, "environment"): lambda name: ENVIRONMENT,
+        (components, "folder"): lambda name: tiny.COMPONENT,
+        (register, "component"): lambda name: described,
+        (lineage, "git_state"): lambda folder: lineage.GitState(commit="c", dirty=False, tree="t"),
+        (ledger, "record"): record,
+        (ledger, "flush_outbox"): lambda tracking, outbox: {},
+        (converge, "_apply_on"): apply_on,
+    }
+    for module in (register, deploy, converge):
+        replaced[module, "Tracking"] = lambda url: made
+    for module in (register, deploy):
+        replaced[module, "site"] = lambda: SITE
+    for module in (register, converge):
+        replaced[module, "settings"] = lambda: here
+    environment = tmp_path / "environment.json"
+    environment.write_text(ENVIRONMENT.model_dump_json())
+    replaced[components, "environment_file"] = lambda name: environment
+    for (owner, name), value in replaced.items():
+        monkeypatch.setattr(owner, name, value)
+    yield made
+
+
+def verdict(run: str, passed: bool = True) -> Verdict:
+    return Verdict(
+        component="tiny",
+        run_id=run,
+        verdict="pass" if passed else "refuse",
+        reasons=[] if passed else ["below the floor"],
+        metric="accuracy",
+        candidate=0.9,
+        floor=0.5,
+        test_set="t",
+    )
+
+
+def chain(folder: Path, run_id: str, passed: bool = True) -> None:
+    """The legs after training, each skipped when its output is there: what Snakemake does."""
+    run = TrainedRun(run_id=run_id, experiment_id="1", model_uri="models:/m-1", metrics={}, parameters={}, device="cpu")
+    data = DataVersion(component="tiny", hash="h")
+    places = {name: folder / run_id / name for name in ("registration.json", "archive.json", "proof.json", "dev.json")}
+    if not places["registration.json"].exists():
+        register.register_model("tiny", run, verdict(run_id, passed), data, places["registration.json"])
+    registration = read_json(Registration, places["registration.json"], "x")
+    packed = folder / run_id / "archive"
+    if not places["archive.json"].exists():
+        register.package_archive(
+            "tiny", registration, tiny.train(folder / run_id / "train"), packed, places["archive.json"]
+        )
+    record = read_json(ArchiveRecord, places["archive.json"], "x")
+    if not places["proof.json"].exists():
+        register.prove_archive("tiny", record, packed, places["proof.json"])
+    if not places["dev.json"].exists():
+        deploy.deploy_model("tiny", record, "dev", places["dev.json"])
+
+
+def test_killed_at_any_boundary_a_rerun_ends_with_one_version_per_run_which_is_live(
+    registry: Registry, tmp_path: Path
+) -> None:
+    for attempt in range(1, 200):
+        run = f"run{attempt}"
+        registry.boundaries, registry.kill_at = 0, attempt
+        try:
+            chain(tmp_path, run)
+            break
+        except Killed:
+            registry.kill_at = None
+            chain(tmp_path, run)
+        runs = [one.run_id for one in registry.versions_made]
+        assert len(set(runs)) == len(runs) == attempt
+        assert registry.aliases_set == {"dev": str(attempt), "dev-live": str(attempt)}
+        assert [one.version for one in registry.served] == [str(attempt)]
+    assert attempt > 30, "the boundaries were not reached"
+
+
+def test_a_refused_run_moves_no_alias_whenever_it_is_killed(registry: Registry, tmp_path: Path) -> None:
+    chain(tmp_path, "good")
+    for attempt in range(1, 200):
+        run = f"bad{attempt}"
+        registry.boundaries, registry.kill_at = 0, attempt
+        with pytest.raises((Killed, RefusedError)) as caught:
+            chain(tmp_path, run, passed=False)
+        if caught.type is RefusedError:
+            break
+        registry.kill_at = None
+        with pytest.raises(RefusedError, match="below the floor"):
+            chain(tmp_path, run, passed=False)
+        assert registry.aliases_set == {"dev": "1", "dev-live": "1"}
+        assert [one.version for one in registry.served] == ["1"]
+    assert {entry.kind for entry in registry.ledger.values()} == {"rollout", "refusal"}
