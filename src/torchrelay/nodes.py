@@ -64,6 +64,9 @@ def start(wait: bool = True) -> None:
         _check_ports(needed_ports(here)[:1])
     alone = (sys.executable, "-m", "torchrelay.serving.alone", *program.command)
     supervisor.ensure(program.model_copy(update={"command": alone}))
+    for perimeter in here.perimeters.values():
+        for node in perimeter.nodes:
+            supervisor.ensure(read_json(Program, node.folder / "keeper.json", "make up"))
     if wait:
         _await_tracking(here.tracking.url, program.log)
 
@@ -145,8 +148,8 @@ def _digests(paths: Iterable[Path]) -> dict[str, str]:
 
 def _written() -> list[Path]:
     state = settings().state
-    nodes = state.glob("perimeters/*/nodes/*")
-    each = [path for node in sorted(nodes) for path in (node / "node.json", *sorted((node / "trust").glob("*")))]
+    patterns = ("node.json", "keeper.json", "trust/*")
+    each = [path for pattern in patterns for path in sorted(state.glob(f"perimeters/*/nodes/*/{pattern}"))]
     return [state / "site.json", state / "tracking" / "program.json", _supervisord_conf(), *each]
 
 

@@ -216,15 +216,36 @@ def test_a_refused_candidate_moves_no_alias_and_says_why(deployed: Checkout) -> 
         deployed.ok("deploy-dev", "--component", COMPONENT)
 
 
-def test_a_killed_engine_is_mended(deployed: Checkout) -> None:
+def _answers_again(checkout: Checkout, seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if _post(checkout, _one(checkout)).status == 200:
+            return True
+        time.sleep(0.5)
+    return False
+
+
+def test_a_killed_engine_is_mended_by_its_node_with_nobody_watching(deployed: Checkout) -> None:
     from torchrelay.serving.apply import node_config
 
     node = node_config(deployed.state / "perimeters" / "dev" / "nodes" / "dev-1")
     pattern = f"org.pytorch.serve.ModelServer.*{node.folder}"
     listed = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
     os.kill(int(listed.stdout.split()[0]), signal.SIGKILL)
+    assert _answers_again(deployed, seconds=90)
+
+
+def test_a_changed_test_set_judges_the_live_archive_on_it_anew(deployed: Checkout) -> None:
     deployed.ok("deploy-dev", "--component", COMPONENT)
-    assert _post(deployed, _one(deployed)).status == 200
+    params = deployed.folder / "components" / COMPONENT / "params.yaml"
+    content = yaml.safe_load(params.read_text())
+    params.write_text(yaml.safe_dump({**content, "limit": content["limit"] + 100}))
+    live = _serving(deployed)
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    verdict = json.loads((deployed.folder / "results" / COMPONENT / "gate" / "verdict.json").read_text())
+    assert verdict["live_version"] == live
+    assert verdict["live"] is not None
+    assert verdict["interval"][0] <= verdict["difference"] <= verdict["interval"][1]
 
 
 def test_down_and_up_bring_back_what_was_served(deployed: Checkout) -> None:
