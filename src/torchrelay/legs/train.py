@@ -25,8 +25,14 @@ def train_model(name: str, data: DataVersion, prepared: Path, output: Path, log:
     aside = output.absolute().with_name(f".{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    parameters = {**found.training.parameters, "data": prepared, "output": aside, "data_hash": data.hash}
-    _run(name, _command(name, parameters), log)
+    handed = {
+        "data": prepared,
+        "output": aside,
+        "data_hash": data.hash,
+        "golden_samples": found.golden.samples,
+        "golden_tolerance": found.golden.tolerance,
+    }
+    _run(name, _command(name, {**found.training.parameters, **handed}), log)
     run = read_json(TrainedRun, aside / "run.json", f"read {log}")
     _keep(run, aside, found.model_dump_json(indent=2))
     shutil.rmtree(output, ignore_errors=True)

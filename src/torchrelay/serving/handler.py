@@ -50,9 +50,12 @@ class TorchrelayHandler:
         """Answer every row. A bad request gets a 4xx and never spoils its neighbours in the batch."""
         replies: dict[int, Reply] = {}
         encoded: dict[int, torch.Tensor] = {}
+        ids: list[str] = []
         for index, row in enumerate(rows):
+            headers = _headers(context, index)
+            ids.append(_request_id(context, index, headers))
             try:
-                encoded[index] = self._encode(row, _headers(context, index))
+                encoded[index] = self._encode(row, headers)
             except ValueError as error:
                 replies[index] = (400, {"error": str(error)})
             except RecursionError:
@@ -61,7 +64,7 @@ class TorchrelayHandler:
                 logger.exception("encoding a request failed")
                 replies[index] = _INTERNAL
         replies |= self._predict(encoded)
-        return [self._answer(context, index, replies[index]) for index in range(len(rows))]
+        return [self._answer(context, index, replies[index], ids[index]) for index in range(len(rows))]
 
     def _encode(self, row: Row, headers: dict[str, Any]) -> "torch.Tensor":
         """(N, …) for one request; ValueError says what is wrong with it."""
@@ -104,9 +107,8 @@ class TorchrelayHandler:
             raise RuntimeError(f"predict gave {len(predictions)} predictions for {len(batch)} instances")
         return predictions
 
-    def _answer(self, context: Any, index: int, reply: Reply) -> bytes:
+    def _answer(self, context: Any, index: int, reply: Reply, request_id: str) -> bytes:
         """Set status and headers of the row, and give its body."""
-        request_id = _request_id(context, index)
         status, content = reply
         try:
             body = _json(content if status == 200 else content | {"request_id": request_id})
@@ -147,9 +149,9 @@ def _headers(context: Any, index: int) -> dict[str, Any]:
     return {name.lower(): value for name, value in context.get_all_request_header(index).items()}
 
 
-def _request_id(context: Any, index: int) -> str:
+def _request_id(context: Any, index: int, headers: dict[str, Any]) -> str:
     """The gateway's id of the request; TorchServe's own where no gateway stands before it."""
-    return str(_headers(context, index).get("x-torchrelay-request-id") or context.get_request_id(index) or "")
+    return str(headers.get("x-torchrelay-request-id") or context.get_request_id(index) or "")
 
 
 def _instances(body: Any) -> list[Any]:
