@@ -7,7 +7,9 @@ from pathlib import Path
 from torchrelay import components, data
 from torchrelay.config import component_names, settings
 
-PYTHON = sys.executable
+# The rules call the Python that runs Snakemake, whatever else is on the PATH.
+shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH"; ')
+
 STATE = str(settings().state)
 COMPONENT = config.get("component", "fashion_mnist")
 

@@ -7,12 +7,11 @@
 rule describe_data:
     output:
         "results/{component}/data.json",
-    params:
-        hash=lambda wildcards: data.version(wildcards.component).hash,
     log:
         "logs/describe_data/{component}.log",
     benchmark:
         "benchmarks/describe_data/{component}.tsv"
+    params:
+        hash=lambda wildcards: data.version(wildcards.component).hash,
     shell:
-        "{PYTHON} -m torchrelay describe-data --component {wildcards.component}"
-        " --output {output} --log {log}"
+        "python -m torchrelay describe-data --component {wildcards.component} --output {output} --log {log}"

@@ -16,5 +16,5 @@ rule deploy_model:
     benchmark:
         "benchmarks/deploy_model/{component}.tsv"
     shell:
-        "{PYTHON} -m torchrelay deploy-model --component {wildcards.component}"
+        "python -m torchrelay deploy-model --component {wildcards.component}"
         " --record {input.record} --perimeter dev --output {output} --log {log}"

@@ -11,12 +11,12 @@ rule gate_model:
     output:
         verdict="results/{component}/gate/verdict.json",
         report="results/{component}/gate/report.html",
-    params:
-        policy=lambda wildcards: components.gate_digest(wildcards.component),
     log:
         "logs/gate_model/{component}.log",
     benchmark:
         "benchmarks/gate_model/{component}.tsv"
+    params:
+        policy=lambda wildcards: components.gate_digest(wildcards.component),
     shell:
-        "{PYTHON} -m torchrelay gate-model --component {wildcards.component}"
+        "python -m torchrelay gate-model --component {wildcards.component}"
         " --train $(dirname {input.run}) --output $(dirname {output.verdict}) --log {log}"

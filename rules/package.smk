@@ -20,7 +20,7 @@ rule package_archive:
     benchmark:
         "benchmarks/package_archive/{component}.tsv"
     shell:
-        "{PYTHON} -m torchrelay package-archive --component {wildcards.component}"
+        "python -m torchrelay package-archive --component {wildcards.component}"
         " --registration {input.registration} --train $(dirname {input.run})"
         " --output $(dirname {output.archive}) --record {output.record} --log {log}"
 
@@ -37,5 +37,5 @@ rule prove_archive:
     benchmark:
         "benchmarks/prove_archive/{component}.tsv"
     shell:
-        "{PYTHON} -m torchrelay prove-archive --component {wildcards.component}"
+        "python -m torchrelay prove-archive --component {wildcards.component}"
         " --archive $(dirname {input.archive}) --record {input.record} --output {output} --log {log}"

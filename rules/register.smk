@@ -16,5 +16,5 @@ rule register_model:
     benchmark:
         "benchmarks/register_model/{component}.tsv"
     shell:
-        "{PYTHON} -m torchrelay register-model --component {wildcards.component} --data {input.data}"
+        "python -m torchrelay register-model --component {wildcards.component} --data {input.data}"
         " --run {input.run} --verdict {input.verdict} --output {output} --log {log}"

@@ -31,9 +31,9 @@ def folder(name: str) -> Path:
 
 
 def training_sources(name: str) -> list[Path]:
-    """The files whose change asks for a new training, sorted."""
+    """The files whose change asks for a new training, sorted, relative to the checkout."""
     modules = (path for path in folder(name).glob("*.py") if path.name not in _NOT_TRAINING)
-    return sorted([*modules, folder(name) / "MLproject"])
+    return sorted(path.relative_to(root()) for path in [*modules, folder(name) / "MLproject"])
 
 
 def training_digest(name: str) -> str:

@@ -83,6 +83,7 @@ def run_logged(
     environment: Mapping[str, str] | None = None,
     folder: Path | None = None,
     indent: str = "",
+    keep_open: tuple[int, ...] = (),
 ) -> int:
     """Run `command`; all that it prints goes to `log`, and the lines that `show` picks to the terminal too.
 
@@ -100,6 +101,7 @@ def run_logged(
             errors="replace",
             env=dict(environment) if environment is not None else None,
             cwd=folder,
+            pass_fds=keep_open,
         )
         try:
             for line in child.stdout or ():

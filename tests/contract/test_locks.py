@@ -13,7 +13,11 @@ from packaging.utils import canonicalize_name
 from tests.conftest import ROOT
 
 PROJECT = ("requirements/run.lock", "requirements/dev.lock")
-LOCKS = [*PROJECT, *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("components/*/requirements.*.lock")))]
+LOCKS = [
+    *PROJECT,
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("components/*/requirements.*.lock"))),
+    *(str(path.relative_to(ROOT)) for path in sorted(ROOT.glob("src/torchrelay/scaffold/template/*.lock"))),
+]
 PACKAGE_LOCK = ROOT / "requirements" / "package-lock.json"
 # A module that is not called like the package that brings it.
 PACKAGES = {"yaml": "pyyaml", "model_signing": "model-signing", "ruamel": "ruamel-yaml", "PIL": "pillow"}
@@ -80,7 +84,7 @@ def test_the_tools_for_tests_move_no_pin() -> None:
 
 @pytest.mark.parametrize("lock", PROJECT)
 def test_no_model_runs_in_the_packages_own_environment(lock: str) -> None:
-    assert not {"torch", "torchserve", "mlflow-skinny"} & ({*_pins(lock)} - {"mlflow-skinny"})
+    assert not {"torch", "torchserve"} & {*_pins(lock)}
 
 
 def test_what_the_package_imports_is_asked_for_by_name() -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import urllib3
 import yaml
@@ -44,7 +45,10 @@ def deployed(small: Checkout) -> Checkout:
 def _settings(checkout: Checkout, floor: float, **training: Any) -> None:
     overlay = {
         "components": {
-            COMPONENT: {"metric": {"floor": floor}, "training": {"parameters": {"epochs": 1, **training}}},
+            COMPONENT: {
+                "metric": {"floor": floor, "allowed_regression": 1.0},
+                "training": {"parameters": {"epochs": 1, **training}},
+            },
         }
     }
     (checkout.folder / "config" / "local.yaml").write_text(yaml.safe_dump(overlay))
@@ -190,7 +194,7 @@ def test_a_changed_parameter_redeploys_without_losing_a_request(deployed: Checko
     for client in clients:
         client.start()
     try:
-        _settings(deployed, floor=0.3, seed=1)
+        _settings(deployed, floor=0.3, seed=101)
         deployed.ok("deploy-dev", "--component", COMPONENT)
     finally:
         stop.set()
@@ -203,7 +207,7 @@ def test_a_changed_parameter_redeploys_without_losing_a_request(deployed: Checko
 
 def test_a_refused_candidate_moves_no_alias_and_says_why(deployed: Checkout) -> None:
     serving = _serving(deployed)
-    _settings(deployed, floor=0.999, seed=2)
+    _settings(deployed, floor=0.999, seed=102)
     try:
         done = deployed.run("deploy-dev", "--component", COMPONENT)
         assert done.returncode != 0
@@ -212,14 +216,14 @@ def test_a_refused_candidate_moves_no_alias_and_says_why(deployed: Checkout) -> 
         assert _serving(deployed) == serving
         assert _post(deployed, _one(deployed)).headers["x-model-version"] == serving
     finally:
-        _settings(deployed, floor=0.3, seed=3)
+        _settings(deployed, floor=0.3, seed=103)
         deployed.ok("deploy-dev", "--component", COMPONENT)
 
 
-def _answers_again(checkout: Checkout, seconds: float) -> bool:
+def _answers_again(checkout: Checkout, body: bytes, seconds: float) -> bool:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
-        if _post(checkout, _one(checkout)).status == 200:
+        if _post(checkout, body).status == 200:
             return True
         time.sleep(0.5)
     return False
@@ -228,11 +232,17 @@ def _answers_again(checkout: Checkout, seconds: float) -> bool:
 def test_a_killed_engine_is_mended_by_its_node_with_nobody_watching(deployed: Checkout) -> None:
     from torchrelay.serving.apply import node_config
 
-    node = node_config(deployed.state / "perimeters" / "dev" / "nodes" / "dev-1")
-    pattern = f"org.pytorch.serve.ModelServer.*{node.folder}"
-    listed = subprocess.run(["pgrep", "-f", pattern], capture_output=True, text=True, check=True)
-    os.kill(int(listed.stdout.split()[0]), signal.SIGKILL)
-    assert _answers_again(deployed, seconds=90)
+    folder = node_config(deployed.state / "perimeters" / "dev" / "nodes" / "dev-1").folder
+    engines = [
+        process
+        for process in psutil.process_iter(["name", "cwd"])
+        if process.info["name"] == "java" and process.info["cwd"].startswith(str(folder))
+    ]
+    body = _one(deployed)
+    for engine in engines:
+        engine.kill()
+    assert engines
+    assert _answers_again(deployed, body, seconds=90)
 
 
 def test_a_changed_test_set_judges_the_live_archive_on_it_anew(deployed: Checkout) -> None:
@@ -260,7 +270,8 @@ def test_down_and_up_bring_back_what_was_served(deployed: Checkout) -> None:
 @pytest.mark.parametrize("rule", ["train_model", "register_model", "package_archive", "deploy_model"])
 def test_killed_in_the_middle_of_a_leg_the_same_command_resumes(deployed: Checkout, rule: str) -> None:
     """kill -9 of the whole process group while the leg runs, then a rerun: one version per run, and it serves."""
-    seed = 10 + ["train_model", "register_model", "package_archive", "deploy_model"].index(rule)
+    seed = 110 + ["train_model", "register_model", "package_archive", "deploy_model"].index(rule)
+    body = _one(deployed)
     _settings(deployed, floor=0.3, seed=seed)
     child = deployed.popen("deploy-dev", "--component", COMPONENT, start_new_session=True)
     assert child.stderr is not None
@@ -270,7 +281,7 @@ def test_killed_in_the_middle_of_a_leg_the_same_command_resumes(deployed: Checko
     time.sleep(0.3)
     os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
-    assert _post(deployed, _one(deployed)).status == 200
+    assert _post(deployed, body).status == 200
     deployed.ok("deploy-dev", "--component", COMPONENT)
     versions = _versions(deployed)
     assert len({version["run_id"] for version in versions}) == len(versions)

@@ -1,9 +1,13 @@
 """`deploy-dev` and `plan`: the main job from the terminal's point of view."""
 
+import fcntl
 import os
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,7 @@ import click
 from torchrelay.config import component as component_settings
 from torchrelay.config import component_names, read_json, root, settings, site
 from torchrelay.console import coloured, leg, paint, result, run_logged, say
-from torchrelay.errors import ServingError, TorchrelayError
+from torchrelay.errors import BusyError, ServingError, TorchrelayError
 from torchrelay.handover import ArchiveRecord, Verdict
 from torchrelay.legs.places import results
 
@@ -23,17 +27,22 @@ _component = click.option("--component", help="Name of a folder under components
 @_component
 def deploy_dev(component: str | None) -> None:
     """From the dataset to a served prediction in the dev perimeter; runs only what has to run."""
+    name = _name(component)
+    component_settings(name)
+    with _chain_lock() as lock:
+        _deploy_dev(name, lock)
+
+
+def _deploy_dev(name: str, lock: int) -> None:
     from torchrelay import nodes
 
     began = time.time()
-    name = _name(component)
-    component_settings(name)
     log = settings().state / "logs" / "configure.log"
     nodes.configure(log)
     nodes.start(wait=False)
     _environment_and_data(name)
     nodes.start()
-    ran = _run_chain(name)
+    ran = _run_chain(name, lock)
     _check_perimeter(name)
     _summary(name, began, ran)
 
@@ -80,24 +89,59 @@ def _snakemake(name: str, *words: str) -> list[str]:
     return [*command, "--config", f"component={name}"]
 
 
-def _run_chain(name: str) -> bool:
+def _run_chain(name: str, lock: int) -> bool:
     """Run Snakemake; whether it had anything to do. What failed has named itself and its log by then."""
     stamp = results(name) / "deploy" / "dev.json"
     before = stamp.stat().st_mtime_ns if stamp.exists() else 0
     log = root() / "logs" / "deploy_dev" / f"{name}.log"
+    log.unlink(missing_ok=True)
+    command = _snakemake(name, "--quiet", "progress", "rules", "host", "reason")
     status = run_logged(
-        _snakemake(name, "--quiet", "all"), log, show=_of_the_legs, environment=_snakemake_environment(), folder=root()
+        command, log, show=_of_the_legs, environment=_snakemake_environment(), folder=root(), keep_open=(lock,)
     )
     if status:
+        text = log.read_text(encoding="utf-8")
+        if "\n✗ " not in text:  # no leg failed: Snakemake itself did, and only its own words tell why
+            say("\n".join(text.splitlines()[-20:]))
+            say(f"  log:      {log}")
         say(f"{paint('✗', 'red')} the chain stopped; what ran before is kept, and the same command resumes:")
         say(f"  next:     make deploy-dev COMPONENT={name}")
         sys.exit(status)
     return stamp.stat().st_mtime_ns != before
 
 
+@contextmanager
+def _chain_lock() -> Iterator[int]:
+    """One chain at a time in a checkout.
+
+    Snakemake inherits the descriptor, so the lock is held as long as either lives, and a kill gives it back, which
+    Snakemake's own lock does not do.
+    """
+    path = settings().state / "chain.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        _take(descriptor, path)
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def _take(descriptor: int, path: Path) -> None:
+    """Take the lock; a chain that was just killed gets a few seconds to be gone."""
+    for _ in range(50):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.1)
+        else:
+            return
+    raise BusyError(f"another deploy-dev runs in this checkout ({path})", "one at a time", "wait for it, then rerun")
+
+
 def _of_the_legs(line: str) -> bool:
-    """All that the legs say; Snakemake tells the terminal which profile it took, which is for the log."""
-    return not line.startswith("Using profile")
+    """What the legs say of themselves; what Snakemake says is in the log."""
+    return re.match(r"(\x1b\[\d+m)?[▶✓✗]|  \S", line) is not None
 
 
 def _snakemake_environment() -> dict[str, str]:

@@ -31,7 +31,7 @@ _MILLION = 1_000_000
 # The response filter takes this off again: by it, it tells Envoy's own replies from the engine's.
 _OWN_REPLY = "x-torchrelay-own-reply"
 _OVERWRITE = "OVERWRITE_IF_EXISTS_OR_ADD"
-# No handler reads these, and each costs a TorchServe worker four more system calls; a caller's secrets stop here as well.
+# No handler reads these, each costs a TorchServe worker four system calls, and a caller's secrets need go no further.
 _NOT_FOR_ENGINES = (
     "accept",
     "accept-encoding",
