@@ -21,6 +21,12 @@ from torchrelay.handover import Environment
 
 Variant = Literal["cpu", "cuda"]
 
+_CONDA_PYTHON = "3.11"  # the one that the locks are resolved for
+_CONDA_HEAD = """\
+# The packages of requirements.cpu.lock and requirements.torch, for those who run Conda: conda env create -f conda.yaml
+# Written by `make lock`, from the locks. torch is the build that pip takes by default.
+"""
+
 # Files of a component that training does not read: changing them must not retrain.
 _NOT_TRAINING = frozenset({"data.py", "search.py", "conftest.py"})
 
@@ -70,6 +76,22 @@ def environment_name(name: str) -> str:
     content = b"\0".join(lock.read_bytes() for lock in lock_files(name))
     digest = _sha256(content + f"{platform.system()} {platform.machine()}".encode())[:12]
     return f"py{sys.version_info.major}{sys.version_info.minor}-{variant()}-{digest}"
+
+
+def conda_environment(folder: Path) -> str:
+    """The CPU lock of the component in `folder` as the text of an `environment.yaml` for Conda (see ADR 0007).
+
+    Conda reads the packages as pip's; hashes are left out, since pip takes them for all packages or for none, and
+    torch, whose builds share a version, has none.
+    """
+    import yaml
+
+    lock, torch = (folder / name for name in ("requirements.cpu.lock", "requirements.torch"))
+    lines = [line for file in (lock, torch) for line in file.read_text(encoding="utf-8").splitlines()]
+    pins = [line.removesuffix("\\").strip() for line in lines if line[:1].isalnum()]
+    dependencies = [f"python={_CONDA_PYTHON}", "pip", {"pip": pins}]
+    content = {"name": folder.name, "channels": ["conda-forge", "nodefaults"], "dependencies": dependencies}
+    return _CONDA_HEAD + yaml.safe_dump(content, sort_keys=False, width=200)
 
 
 def environment_file(environment: str) -> Path:

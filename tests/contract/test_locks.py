@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.conftest import ROOT
+from torchrelay.components import conda_environment
 
 PROJECT = ("requirements/run.lock", "requirements/dev.lock")
 LOCKS = [
@@ -111,3 +113,16 @@ def test_node_packages_are_pinned_by_content_and_name_no_place() -> None:
 
 def test_the_installer_parses_on_any_python_3_that_somebody_may_have() -> None:
     ast.parse((ROOT / "requirements" / "install").read_text(encoding="utf-8"), feature_version=(3, 7))
+
+
+@pytest.mark.parametrize("component", [path.parent for path in sorted(ROOT.glob("components/*/component.yaml"))])
+def test_condas_file_holds_the_pins_of_the_lock(component: Path) -> None:
+    text = (component / "conda.yaml").read_text()
+    assert text == conda_environment(component), f"run: torchrelay export-conda --component {component.name}"
+    python, _, listed = yaml.safe_load(text)["dependencies"]
+    assert python == "python=3.11"
+    exported = [Requirement(line) for line in listed["pip"]]
+    assert {canonicalize_name(one.name): one for one in exported if not one.marker or one.marker.evaluate()} == {
+        **_pins(str((component / "requirements.cpu.lock").relative_to(ROOT))),
+        **_pins(str((component / "requirements.torch").relative_to(ROOT))),
+    }

@@ -1,4 +1,4 @@
-"""The data stages on made-up IDX files; what `validate` must refuse is in tests/faults/test_bad_data.py."""
+"""The data stages on made-up IDX files; what `validate` must refuse is in test_bad_data.py."""
 
 import gzip
 import json

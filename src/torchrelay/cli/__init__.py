@@ -23,6 +23,7 @@ _VERBS = {
     "describe-data": "legs",
     "doctor": "site",
     "down": "site",
+    "export-conda": "site",
     "gate-model": "legs",
     "new-component": "site",
     "package-archive": "legs",

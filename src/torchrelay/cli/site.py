@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from torchrelay.config import Component, Settings, root, settings, site
+from torchrelay.config import Component, Settings, root, settings, site, write_file
 from torchrelay.console import leg, paint, result, say
 from torchrelay.errors import ConfigError
 
@@ -82,6 +82,17 @@ def new_component(name: str) -> None:
 
     folder = create(name)
     say(f"  wrote {folder.relative_to(root())}: read its README.md, then make deploy-dev COMPONENT={name}")
+
+
+@click.command()
+@click.option("--component", required=True, help="Name of a folder under components/.")
+def export_conda(component: str) -> None:
+    """Write the component's locked packages to its conda.yaml, for machines that Conda manages."""
+    from torchrelay import components
+
+    target = components.folder(component) / "conda.yaml"
+    write_file(target, components.conda_environment(target.parent).encode())
+    say(f"  wrote {target.relative_to(root())}")
 
 
 @click.command()

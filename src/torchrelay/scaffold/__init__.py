@@ -3,7 +3,8 @@
 import tempfile
 from pathlib import Path
 
-from torchrelay.config import Name, root
+from torchrelay.components import conda_environment
+from torchrelay.config import Name, root, write_file
 from torchrelay.errors import ConfigError
 
 _TEMPLATE = Path(__file__).with_name("template")
@@ -24,6 +25,7 @@ def create(name: str) -> Path:
     with tempfile.TemporaryDirectory(prefix=".new-", dir=target.parent) as aside:
         rendered = Path(aside) / name
         _render(name, rendered)
+        write_file(rendered / "conda.yaml", conda_environment(rendered).encode())
         rendered.rename(target)
     return target
 

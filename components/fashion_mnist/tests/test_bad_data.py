@@ -1,31 +1,19 @@
 """Broken Fashion-MNIST files, one rule at a time: refused before any training, with file, record or column and rule."""
 
 import gzip
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 
-COMPONENT = Path(__file__).resolve().parents[2] / "components" / "fashion_mnist"
+import data
+
 Files = dict[str, bytes | None]
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 TEST_IMAGES, TEST_LABELS = "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"
 CODES = {"uint8": 0x08, ">i4": 0x0C, ">f4": 0x0D}
-
-
-@pytest.fixture(scope="module")
-def data() -> ModuleType:
-    """The component's data.py; it needs only what the project's own environment has too."""
-    spec = importlib.util.spec_from_file_location("fashion_mnist_data", COMPONENT / "data.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def idx(values: np.ndarray, kind: str = "uint8") -> bytes:
@@ -104,7 +92,7 @@ CASES: dict[str, tuple[Files, tuple[str, ...]]] = {
 }
 
 
-def stage(data: ModuleType, folder: Path, name: str, inputs: tuple[str, ...], output: str) -> int:
+def stage(folder: Path, name: str, inputs: tuple[str, ...], output: str) -> int:
     given = [str(folder / part) for part in inputs]
     params = str(folder / "params.yaml")
     return int(data.main([name, "--params", params, "--input", *given, "--output", str(folder / output)]))
@@ -122,14 +110,14 @@ def place(folder: Path, files: Files) -> None:
 
 
 @pytest.fixture
-def refused(data, tmp_path, capsys, monkeypatch) -> Callable[[Files], str]:
+def refused(tmp_path, capsys, monkeypatch) -> Callable[[Files], str]:
     monkeypatch.delenv("TORCHRELAY_DATA", raising=False)
 
     def judge(files: Files) -> str:
         place(tmp_path, good() | files)
-        assert stage(data, tmp_path, "extract", (), "raw") == 0
-        assert stage(data, tmp_path, "validate", ("raw",), "validated") == 1
-        assert stage(data, tmp_path, "prepare", ("raw", "validated"), "prepared") == 1
+        assert stage(tmp_path, "extract", (), "raw") == 0
+        assert stage(tmp_path, "validate", ("raw",), "validated") == 1
+        assert stage(tmp_path, "prepare", ("raw", "validated"), "prepared") == 1
         assert not (tmp_path / "prepared").exists()
         return str(capsys.readouterr().err)
 
@@ -156,12 +144,12 @@ def test_many_breaches_are_counted_not_listed(refused):
     assert "and 65 more" in told.splitlines()[0]
 
 
-def test_good_files_pass(data, tmp_path, monkeypatch):
+def test_good_files_pass(tmp_path, monkeypatch):
     monkeypatch.delenv("TORCHRELAY_DATA", raising=False)
     place(tmp_path, good())
-    assert stage(data, tmp_path, "extract", (), "raw") == 0
-    assert stage(data, tmp_path, "validate", ("raw",), "validated") == 0
-    assert stage(data, tmp_path, "prepare", ("raw", "validated"), "prepared") == 0
+    assert stage(tmp_path, "extract", (), "raw") == 0
+    assert stage(tmp_path, "validate", ("raw",), "validated") == 0
+    assert stage(tmp_path, "prepare", ("raw", "validated"), "prepared") == 0
 
 
 @pytest.mark.parametrize(
@@ -173,20 +161,20 @@ def test_good_files_pass(data, tmp_path, monkeypatch):
     ],
     ids=["missing file", "truncated gzip", "no gzip"],
 )
-def test_a_source_that_lacks_a_whole_file_is_refused(data, tmp_path, capsys, monkeypatch, files, words):
+def test_a_source_that_lacks_a_whole_file_is_refused(tmp_path, capsys, monkeypatch, files, words):
     monkeypatch.delenv("TORCHRELAY_DATA", raising=False)
     place(tmp_path, good() | files)
-    assert stage(data, tmp_path, "extract", (), "raw") == 1
+    assert stage(tmp_path, "extract", (), "raw") == 1
     told = capsys.readouterr().err
     for word in words:
         assert word in told
 
 
-def test_raw_files_changed_after_validation_are_refused(data, tmp_path, capsys, monkeypatch):
+def test_raw_files_changed_after_validation_are_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("TORCHRELAY_DATA", raising=False)
     place(tmp_path, good())
-    assert stage(data, tmp_path, "extract", (), "raw") == 0
-    assert stage(data, tmp_path, "validate", ("raw",), "validated") == 0
+    assert stage(tmp_path, "extract", (), "raw") == 0
+    assert stage(tmp_path, "validate", ("raw",), "validated") == 0
     (tmp_path / "raw" / LABELS).write_bytes(idx(CLASSES[::-1]))
-    assert stage(data, tmp_path, "prepare", ("raw", "validated"), "prepared") == 1
+    assert stage(tmp_path, "prepare", ("raw", "validated"), "prepared") == 1
     assert "does not accept these files" in capsys.readouterr().err
