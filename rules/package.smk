@@ -19,6 +19,8 @@ rule package_archive:
         "logs/package_archive/{component}.log",
     benchmark:
         "benchmarks/package_archive/{component}.tsv"
+    params:
+        serving=lambda wildcards: components.serving_digest(wildcards.component),
     shell:
         "python -m torchrelay package-archive --component {wildcards.component}"
         " --registration {input.registration} --train $(dirname {input.run})"

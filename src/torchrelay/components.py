@@ -54,6 +54,11 @@ def gate_digest(name: str) -> str:
     return _sha256(component(name).metric.model_dump_json().encode())[:16]
 
 
+def serving_digest(name: str) -> str:
+    """A hash of the settings that an engine reads."""
+    return _sha256(component(name).serving.model_dump_json().encode())[:16]
+
+
 def variant() -> Variant:
     """Cpu or cuda, as set, or by whether the NVIDIA driver is loaded."""
     chosen = settings().variant

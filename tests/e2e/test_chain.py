@@ -20,6 +20,7 @@ import urllib3
 import yaml
 
 from tests.conftest import Checkout
+from torchrelay.serving.apply import node_config
 
 pytestmark = [pytest.mark.real, pytest.mark.slow]
 
@@ -88,6 +89,7 @@ def test_a_prediction_is_served_and_traced_to_its_version(deployed: Checkout) ->
     assert answer.status == 200
     assert answer.headers["x-request-id"] == "caller-1"
     assert answer.headers["x-component"] == COMPONENT
+    assert not [name for name in answer.headers if name.startswith("x-torchrelay")]
     record = json.loads((deployed.folder / "results" / COMPONENT / "archive.json").read_text())
     assert answer.headers["x-model-version"] == record["version"]
     assert answer.headers["x-archive-digest"] == record["digest"]
@@ -162,6 +164,13 @@ def test_a_malformed_request_is_refused_and_the_next_good_one_answers(
     assert _post(deployed, _one(deployed)).status == 200
 
 
+def test_what_curl_sends_by_default_is_told_the_types_to_use(deployed: Checkout) -> None:
+    answer = _post(deployed, _one(deployed), content_type="application/x-www-form-urlencoded")
+    assert answer.status == 415
+    assert "application/json" in answer.json()["error"]
+    assert _post(deployed, _one(deployed)).status == 200
+
+
 def test_an_image_is_answered_like_its_numbers(deployed: Checkout) -> None:
     from io import BytesIO
 
@@ -205,6 +214,23 @@ def test_a_changed_parameter_redeploys_without_losing_a_request(deployed: Checko
     assert int(_post(deployed, body).headers["x-model-version"]) > int(before)
 
 
+def test_changed_serving_settings_reach_the_engine_without_a_new_training(deployed: Checkout) -> None:
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    before, count = _serving(deployed), len(_versions(deployed))
+    path = deployed.folder / "config" / "local.yaml"
+    overlay = yaml.safe_load(path.read_text())
+    overlay["components"][COMPONENT]["serving"] = {"workers": 2}
+    path.write_text(yaml.safe_dump(overlay))
+    done = deployed.ok("deploy-dev", "--component", COMPONENT)
+    assert "train_model" not in done.stderr
+    assert (_serving(deployed), len(_versions(deployed))) == (before, count)
+    node = node_config(deployed.state / "perimeters" / "dev" / "nodes" / "dev-1")
+    [instance] = (node.folder / "engines").glob("*/instance.json")
+    management = json.loads(instance.read_text())["ports"][1]
+    [described] = urllib3.request("GET", f"http://127.0.0.1:{management}/models/{COMPONENT}/{before}").json()
+    assert [worker["status"] for worker in described["workers"]] == ["READY", "READY"]
+
+
 def test_a_refused_candidate_moves_no_alias_and_says_why(deployed: Checkout) -> None:
     serving = _serving(deployed)
     _settings(deployed, floor=0.999, seed=102)
@@ -230,8 +256,6 @@ def _answers_again(checkout: Checkout, body: bytes, seconds: float) -> bool:
 
 
 def test_a_killed_engine_is_mended_by_its_node_with_nobody_watching(deployed: Checkout) -> None:
-    from torchrelay.serving.apply import node_config
-
     folder = node_config(deployed.state / "perimeters" / "dev" / "nodes" / "dev-1").folder
     engines = [
         process

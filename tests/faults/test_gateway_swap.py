@@ -62,7 +62,7 @@ class Clients:
 
 def drain(place: GatewayPlace, version: str) -> None:
     end = time.monotonic() + 10
-    while gateway.drained(place, "digits", version):
+    while gateway.in_flight(place, "digits", version):
         assert time.monotonic() < end, f"version {version} did not drain"
         time.sleep(0.01)
 
@@ -95,7 +95,7 @@ def test_a_slow_upload_ends_where_it_began(tmp_path: Path) -> None:
         connection.endheaders(b"ab")
         time.sleep(0.2)
         gateway.apply_routes(place, Routes(backends=(rig.backend(two, "2"),)))
-        assert gateway.drained(place, "digits", "1") == 1
+        assert gateway.in_flight(place, "digits", "1") == 1
         assert gateway.prune(place) == []
         assert rig.ask(place).header("x-model-version") == "2"
         connection.send(b"cd")

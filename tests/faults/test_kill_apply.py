@@ -146,7 +146,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         ),
         (gateway, "healthy"): lambda place: True,
         (gateway, "live_backends"): lambda place: made.routes,
-        (gateway, "drained"): lambda place, component, version: 0,
+        (gateway, "in_flight"): lambda place, component, version: 0,
         (gateway, "prune"): lambda place: [],
         (gateway, "apply_routes"): routes,
         (apply, "engine_class"): lambda name: SimulatedEngine,

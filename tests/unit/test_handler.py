@@ -144,6 +144,14 @@ def test_a_bad_request_is_told_so_and_hurts_nobody(body: object, content_type: s
     assert bad["headers"]["content-type"] == "application/json"
 
 
+@pytest.mark.parametrize("content_type", ["application/x-www-form-urlencoded", "multipart/form-data; boundary=x"])
+def test_a_form_is_refused_by_the_name_of_its_type(content_type: str, ask: Ask) -> None:
+    fine = post({"instances": [[1, 2, 3]]})
+    bad, after = ask(post(b"", content_type), fine)
+    assert (bad["status"], after["status"]) == (415, 200)
+    assert content_type.partition(";")[0] in bad["body"]["error"]
+
+
 @pytest.mark.parametrize("number", [ENCODE_BUG, PREDICT_BUG, NOT_JSON])
 def test_a_request_that_breaks_the_model_breaks_alone(number: float, ask: Ask) -> None:
     fine = post({"instances": [[1, 2, 3]]})

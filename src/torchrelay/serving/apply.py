@@ -4,6 +4,7 @@
 fetched, verified, loaded and proven; then the gateway swaps, what is no longer wanted drains, and is unloaded.
 """
 
+import hashlib
 import json
 import shutil
 import time
@@ -204,7 +205,7 @@ class _Apply:
         return folder
 
     def _engine(self, wanted: WantedVersion) -> Engine:
-        """The engine instance of the version's environment, running and ready."""
+        """The engine instance of the version's environment and settings, running and ready."""
         instance = self._instance(wanted)
         engine = engine_class(self.node.engine)(instance)
         self.supervisor.ensure(engine.prepare())
@@ -212,7 +213,7 @@ class _Apply:
         return engine
 
     def _instance(self, wanted: WantedVersion) -> Instance:
-        name = f"{wanted.component}-{wanted.environment}"
+        name = _instance_name(wanted)
         folder = self.node.folder / "engines" / name
         if (folder / "instance.json").is_file():
             return read_json(Instance, folder / "instance.json", "make up")
@@ -288,7 +289,7 @@ class _Apply:
     def _drain(self, found: Loaded) -> None:
         place = self.node.gateway
         end = time.monotonic() + _DRAIN_SECONDS
-        while gateway.drained(place, found.component, found.version) and time.monotonic() < end:
+        while gateway.in_flight(place, found.component, found.version) and time.monotonic() < end:
             time.sleep(0.05)
 
 
@@ -309,6 +310,12 @@ def _ask(engine: Engine, wanted: WantedVersion, expected: GoldenSet) -> float:
         )
     predictions: list[Any] = json.loads(answer.body)["predictions"]
     return golden.largest_difference(expected.predictions, predictions)
+
+
+def _instance_name(wanted: WantedVersion) -> str:
+    """An engine has one environment and one set of settings; with others a new one takes over, losing no request."""
+    settings = wanted.model_dump_json(exclude={"component", "version", "digest", "environment", "url"})
+    return f"{wanted.component}-{wanted.environment}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
 
 
 def _is(found: Loaded, wanted: WantedVersion) -> bool:

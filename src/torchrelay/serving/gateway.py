@@ -44,10 +44,10 @@ __all__ = [
     "Endpoint",
     "Routes",
     "apply_routes",
-    "drained",
     "envoy_binary",
     "gateway_program",
     "healthy",
+    "in_flight",
     "live_backends",
     "prune",
     "retries",
@@ -132,12 +132,11 @@ def prune(place: GatewayPlace) -> list[str]:
     return sorted(idle)
 
 
-def drained(place: GatewayPlace, component: str, version: str) -> int:
+def in_flight(place: GatewayPlace, component: str, version: str) -> int:
     """Requests still in flight to this version's backends that are routed no more; 0 when they may be stopped."""
     kept = {backend.cluster for backend in live_backends(place)}
     prefix = f"{component}@{version}@"
-    in_flight = _settled(place)
-    return sum(requests for name, requests in in_flight.items() if name.startswith(prefix) and name not in kept)
+    return sum(requests for name, requests in _settled(place).items() if name.startswith(prefix) and name not in kept)
 
 
 def live_backends(place: GatewayPlace) -> tuple[Backend, ...]:

@@ -395,7 +395,7 @@ def _fraction(share: float) -> Json:
 def _backend_routes(match: Json, backend: Backend) -> list[Json]:
     """A body of known length is refused or streamed at once; only one of unknown length is counted by buffering.
 
-    Streaming keeps every request visible as one of its cluster from the first byte, which `drained` relies on.
+    Streaming keeps every request visible as one of its cluster from the first byte, which `in_flight` relies on.
     """
     post = {"name": ":method", "string_match": {"exact": "POST"}}
     length = "content-length"

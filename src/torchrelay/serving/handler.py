@@ -22,6 +22,8 @@ Row = dict[str, Any]
 Reply = tuple[int, dict[str, Any]]
 
 logger = logging.getLogger(__name__)
+# What curl sends unless told otherwise: TorchServe takes such a body apart, so there is nothing left to read.
+_FORMS = frozenset({"application/x-www-form-urlencoded", "multipart/form-data"})
 _INTERNAL: Reply = (500, {"error": "the model failed on this request; the worker's log has the details"})
 
 
@@ -54,8 +56,12 @@ class TorchrelayHandler:
         for index, row in enumerate(rows):
             headers = _headers(context, index)
             ids.append(_request_id(context, index, headers))
+            content_type = _content_type(headers)
+            if content_type in _FORMS:
+                replies[index] = _unsupported(content_type)
+                continue
             try:
-                encoded[index] = self._encode(row, headers)
+                encoded[index] = self._encode(row, content_type)
             except ValueError as error:
                 replies[index] = (400, {"error": str(error)})
             except RecursionError:
@@ -66,9 +72,8 @@ class TorchrelayHandler:
         replies |= self._predict(encoded)
         return [self._answer(context, index, replies[index], ids[index]) for index in range(len(rows))]
 
-    def _encode(self, row: Row, headers: dict[str, Any]) -> "torch.Tensor":
+    def _encode(self, row: Row, content_type: str) -> "torch.Tensor":
         """(N, …) for one request; ValueError says what is wrong with it."""
-        content_type = str(headers.get("content-type", "")).partition(";")[0].strip().lower()
         body = row.get("body", row.get("data"))
         if body is None:
             raise ValueError('the request has no body; expected JSON {"instances": [...]} or an image')
@@ -147,6 +152,16 @@ def _predictor(folder: Path) -> Any:
 
 def _headers(context: Any, index: int) -> dict[str, Any]:
     return {name.lower(): value for name, value in context.get_all_request_header(index).items()}
+
+
+def _content_type(headers: dict[str, Any]) -> str:
+    """Without parameters, in lower case; empty where none is given."""
+    return str(headers.get("content-type", "")).partition(";")[0].strip().lower()
+
+
+def _unsupported(content_type: str) -> Reply:
+    expected = 'application/json with {"instances": [...]}, or the type of an image'
+    return 415, {"error": f"the content-type is {content_type}; expected {expected}"}
 
 
 def _request_id(context: Any, index: int, headers: dict[str, Any]) -> str:
