@@ -50,12 +50,15 @@ environment: .venv/run.stamp ## Build the environment that a component trains an
 	$(RELAY) build-environment --component '$(or $(COMPONENT),fashion_mnist)' --log logs/build_environment.log
 
 ##@ Work on Torchrelay itself
-.PHONY: test check lock
+.PHONY: test check lock bench
 test: .venv/dev.stamp environment ## Run the tests; real servers, on this machine only [TESTS=tests/unit]
 	.venv/bin/pytest $(TESTS)
 
 check: .venv/dev.stamp requirements/node_modules/.package-lock.json ## Run every linter that CI runs
 	.venv/bin/python .ci/check.py
+
+bench: .venv/run.stamp environment ## Measure against peers, see docs/performance.md [BENCH=serving|redeploy|memory|pipeline]
+	.venv/bin/python bench/$(or $(BENCH),serving)/run $(ARGS)
 
 lock: .venv/dev.stamp ## Write all locks anew from their .in files [UPGRADE=yes]
 	requirements/lock $(if $(UPGRADE),--upgrade)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import yaml
 
-from report import say
 from torchrelay.config import Json, read_yaml, root, settings
+from torchrelay.errors import ServingError
 
 _PORTS = 60
 
@@ -28,7 +28,7 @@ class Checkout:
     environment: dict[str, str]
 
     def relay(self, *words: str, quiet: bool = False) -> str:
-        """Run a verb of the copy's command line and return its standard output; CalledProcessError if it fails."""
+        """Run a verb of the copy's command line and return its standard output; ServingError if it fails."""
         command = [str(self.folder / ".venv" / "bin" / "python"), "-m", "torchrelay", *words]
         done = subprocess.run(
             command,
@@ -40,8 +40,9 @@ class Checkout:
             check=False,
         )
         if done.returncode:
-            say(done.stderr or "")
-            raise subprocess.CalledProcessError(done.returncode, command)
+            said = (done.stderr or "").strip()[-2000:]
+            found = f"torchrelay {' '.join(words)} ended with {done.returncode}\n{said}"
+            raise ServingError(found.strip(), "status 0", f"read {self.folder}/logs (with --keep)")
         return done.stdout
 
     def override(self, component: str, settings_: Json) -> None:

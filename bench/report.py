@@ -40,7 +40,8 @@ def machine() -> dict[str, Any]:
     """What somebody needs to know of this machine to judge a figure from it."""
     described = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpuinfo").is_file() else ""
     cpu = re.search(r"^model name\s*: (.*)$", described, re.MULTILINE)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=root(), capture_output=True, text=True)
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, cwd=root(), capture_output=True, text=True, check=False)
     return {
         "cpu": cpu[1] if cpu else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),

@@ -10,7 +10,7 @@ from threading import Thread
 from urllib.parse import urlsplit
 
 from checkout import Checkout
-from clients import ask
+from redeploy.clients import ask
 from report import say
 from torchrelay import components
 from torchrelay.archive import golden_set
@@ -40,10 +40,8 @@ def train(copy: Checkout, component: str) -> list[Version]:
     found = []
     for seed in (1, 2, 3):
         say(f"training version {seed} of 3")
-        copy.override(
-            component,
-            {"metric": {"floor": 0.0, "allowed_regression": 1.0}, "training": {"parameters": {"epochs": 1, "seed": seed}}},
-        )
+        training = {"parameters": {"epochs": 1, "seed": seed}}
+        copy.override(component, {"metric": {"floor": 0.0, "allowed_regression": 1.0}, "training": training})
         if seed == 3:
             _rename_environment(component)
         copy.relay("deploy-dev", "--component", component)

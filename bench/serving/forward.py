@@ -1,14 +1,16 @@
-"""The ceiling: the predictor's own `predict` on ready tensors, one thread, no server. Runs in the component's environment.
+"""The ceiling: the predictor's own `predict` on ready tensors, one thread, no server.
 
     python forward.py FOLDER SECONDS
 
-FOLDER is an unpacked archive. Prints images/s for batches of 1 and 32 as JSON.
+Runs in the component's environment. FOLDER is an unpacked archive. Prints images/s for batches of 1 and 32 as JSON.
 """
 
+import importlib
 import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,14 +20,12 @@ def main() -> None:
     folder, seconds = Path(sys.argv[1]), float(sys.argv[2])
     torch.set_num_threads(1)
     sys.path.insert(0, str(folder))
-    from handler import Predictor
-
-    predictor = Predictor(folder)
+    predictor = importlib.import_module("handler").Predictor(folder)
     instances = json.loads((folder / "golden.json").read_bytes())["instances"]
     print(json.dumps({size: images_per_second(predictor, instances, size, seconds) for size in (1, 32)}))
 
 
-def images_per_second(predictor, instances, size, seconds):
+def images_per_second(predictor: Any, instances: list[Any], size: int, seconds: float) -> float:
     """How many images a second go through in batches of `size`."""
     batch = predictor.encode((instances * size)[:size])
     for _ in range(20):

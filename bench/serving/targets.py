@@ -76,7 +76,17 @@ def _install_torch(python: Path) -> None:
     pinned = (root() / "components" / "fashion_mnist" / "requirements.torch").read_text(encoding="utf-8")
     wanted = next(line for line in pinned.splitlines() if line.startswith("torch=="))
     say(f"installing {wanted} for mlflow")
-    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", f"{wanted}+cpu"]
+    pip: list[str | Path] = [
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        f"{wanted}+cpu",
+    ]
     if subprocess.run(pip, check=False).returncode:
         subprocess.run([*pip, "--index-url", f"{settings().torch_index}/cpu"], check=True)
 
@@ -87,7 +97,15 @@ def mlflow_server(python: Path, target: Deployed, port: int) -> Iterator[str]:
     log = settings().state / "bench" / "serving" / "mlflow.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     model = f"models:/{target.component}/{target.version}"
-    command = [python.with_name("mlflow"), "models", "serve", "--model-uri", model, "--env-manager", "local"]
+    command: list[str | Path] = [
+        python.with_name("mlflow"),
+        "models",
+        "serve",
+        "--model-uri",
+        model,
+        "--env-manager",
+        "local",
+    ]
     options = ["--host", HOST, "--port", str(port), "--workers", str(target.workers)]
     with log.open("wb") as output:
         child = subprocess.Popen(

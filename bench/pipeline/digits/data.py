@@ -1,9 +1,4 @@
-"""The data stages of the benchmark's digits component, which DVC runs one by one: extract, validate, prepare.
-
-    python data.py extract  --params params.yaml --output RAW
-    python data.py validate --params params.yaml --input RAW --output VALIDATED
-    python data.py prepare  --params params.yaml --input RAW VALIDATED --output PREPARED
-"""
+"""The data stages of the benchmark's digits component, which DVC runs one by one: extract, validate, prepare."""
 
 import argparse
 import hashlib

@@ -28,6 +28,7 @@ from handler import Predictor
 from model import LABELS, SIDE, Network, save
 
 HERE = Path(__file__).resolve().parent
+RECIPE = ("epochs", "batch_size", "learning_rate", "hidden", "seed")
 Part = tuple[Tensor, Tensor]
 Metrics = dict[str, float]
 
@@ -50,7 +51,7 @@ def main() -> None:
         write_json(given.output / "golden.json", golden)
         model_uri = log_model(given.output / "model.safetensors")
         record = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "model_uri": model_uri}
-        parameters = {name: getattr(given, name) for name in ("epochs", "batch_size", "learning_rate", "hidden", "seed")}
+        parameters = {name: getattr(given, name) for name in RECIPE}
         write_json(given.output / "run.json", record | {"metrics": final, "parameters": parameters, "device": "cpu"})
     print(f"train: test accuracy {final['accuracy']:.4f}, run {run.info.run_id}")
 
@@ -149,10 +150,10 @@ def log_model(weights: Path) -> str:
 
 
 def pinned_requirements() -> list[str]:
-    """Every package of the CPU lock with its version, without hashes; inferring them would take seconds."""
-    lock = (HERE / "requirements.cpu.lock").read_text(encoding="utf-8")
-    torch_pin = (HERE / "requirements.torch").read_text(encoding="utf-8")
-    return [line.split("\\")[0].strip() for line in (lock + torch_pin).splitlines() if re.match(r"[A-Za-z0-9]", line)]
+    """What the model's code imports, as the locks pin it; MLflow compares each with what is installed."""
+    files = (HERE / "requirements.cpu.lock", HERE / "requirements.torch")
+    locks = "".join(file.read_text(encoding="utf-8") for file in files)
+    return re.findall(r"^(?:mlflow-skinny|torch|numpy|safetensors)==[^ \\\n]+", locks, re.M)
 
 
 if __name__ == "__main__":

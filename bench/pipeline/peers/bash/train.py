@@ -43,9 +43,7 @@ with mlflow.start_run() as run:
     torch.save(model.state_dict(), "work/model.pt")
     requirements = [f"mlflow=={mlflow.__version__}", f"torch=={torch.__version__}", f"numpy=={np.__version__}"]
     # Requirements given and a signature left out: both favour this side, since MLflow would infer them for seconds.
-    info = mlflow.pytorch.log_model(
-        model, name="model", pip_requirements=requirements, serialization_format="pickle"
-    )
+    info = mlflow.pytorch.log_model(model, name="model", pip_requirements=requirements, serialization_format="pickle")
 Path("work/run.json").write_text(
     json.dumps({"run_id": run.info.run_id, "model_uri": info.model_uri, "accuracy": test_accuracy}), encoding="utf-8"
 )

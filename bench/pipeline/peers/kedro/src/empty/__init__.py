@@ -1,0 +1,1 @@
+"""The smallest Kedro project: five empty nodes."""
