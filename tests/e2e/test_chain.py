@@ -11,6 +11,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -186,15 +187,15 @@ def test_an_image_is_answered_like_its_numbers(deployed: Checkout) -> None:
     assert image.json()["predictions"][0]["class"] == numbers.json()["predictions"][0]["class"]
 
 
-def test_a_changed_parameter_redeploys_without_losing_a_request(deployed: Checkout) -> None:
-    body = _one(deployed)
-    before = _serving(deployed)
+@contextmanager
+def _looping_clients(checkout: Checkout, body: bytes) -> Iterator[list[int]]:
+    """Four clients that ask without a pause; yields the statuses that they saw."""
     stop = threading.Event()
     statuses: list[int] = []
     kind = {"content-type": "application/json"}
 
     def loop() -> None:
-        pool = urllib3.HTTPConnectionPool("127.0.0.1", deployed.port_base + 10, maxsize=1)
+        pool = urllib3.HTTPConnectionPool("127.0.0.1", checkout.port_base + 10, maxsize=1)
         while not stop.is_set():
             answer = pool.request("POST", f"/predictions/{COMPONENT}", body=body, headers=kind, retries=False)
             statuses.append(answer.status)
@@ -203,25 +204,34 @@ def test_a_changed_parameter_redeploys_without_losing_a_request(deployed: Checko
     for client in clients:
         client.start()
     try:
-        _settings(deployed, floor=0.3, seed=101)
-        deployed.ok("deploy-dev", "--component", COMPONENT)
+        yield statuses
     finally:
         stop.set()
         for client in clients:
             client.join()
+
+
+def test_a_changed_parameter_redeploys_without_losing_a_request(deployed: Checkout) -> None:
+    body = _one(deployed)
+    before = _serving(deployed)
+    with _looping_clients(deployed, body) as statuses:
+        _settings(deployed, floor=0.3, seed=101)
+        deployed.ok("deploy-dev", "--component", COMPONENT)
     assert len(statuses) > 100
     assert set(statuses) == {200}
     assert int(_post(deployed, body).headers["x-model-version"]) > int(before)
 
 
-def test_changed_serving_settings_reach_the_engine_without_a_new_training(deployed: Checkout) -> None:
+def test_changed_serving_settings_start_a_new_engine_without_a_training_or_a_lost_request(deployed: Checkout) -> None:
     deployed.ok("deploy-dev", "--component", COMPONENT)
     before, count = _serving(deployed), len(_versions(deployed))
     path = deployed.folder / "config" / "local.yaml"
     overlay = yaml.safe_load(path.read_text())
     overlay["components"][COMPONENT]["serving"] = {"workers": 2}
-    path.write_text(yaml.safe_dump(overlay))
-    done = deployed.ok("deploy-dev", "--component", COMPONENT)
+    with _looping_clients(deployed, _one(deployed)) as statuses:
+        path.write_text(yaml.safe_dump(overlay))
+        done = deployed.ok("deploy-dev", "--component", COMPONENT)
+    assert set(statuses) == {200}
     assert "train_model" not in done.stderr
     assert (_serving(deployed), len(_versions(deployed))) == (before, count)
     node = node_config(deployed.state / "perimeters" / "dev" / "nodes" / "dev-1")

@@ -361,7 +361,12 @@ def _route_configuration(routes: Routes, version: str) -> Json:
         "request_headers_to_remove": list(_NOT_FOR_ENGINES),
         # The engine makes a request id anew. Ours is put back here, before the response filter needs it.
         "response_headers_to_add": [_header("x-request-id", "%REQ(x-request-id)%")],
-        "response_headers_to_remove": ["server", "x-envoy-upstream-service-time", _OWN_REPLY],
+        "response_headers_to_remove": [
+            "server",
+            "x-envoy-upstream-service-time",
+            "x-torchrelay-request-id",
+            _OWN_REPLY,
+        ],
         "virtual_hosts": [
             {
                 "name": "gateway",
