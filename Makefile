@@ -50,7 +50,7 @@ environment: .venv/run.stamp ## Build the environment that a component trains an
 	$(RELAY) build-environment --component '$(or $(COMPONENT),fashion_mnist)' --log logs/build_environment.log
 
 ##@ Work on Torchrelay itself
-.PHONY: test check lock bench
+.PHONY: test check lock schema bench
 test: .venv/dev.stamp environment ## Run the tests; real servers, on this machine only [TESTS=tests/unit]
 	.venv/bin/pytest $(TESTS)
 
@@ -62,6 +62,9 @@ bench: .venv/run.stamp environment ## Measure against peers, see docs/performanc
 
 lock: .venv/dev.stamp ## Write all locks anew from their .in files [UPGRADE=yes]
 	requirements/lock $(if $(UPGRADE),--upgrade)
+
+schema: .venv/run.stamp ## Write config/schema.json anew from the models of src/torchrelay/config.py
+	$(RELAY) describe-config --schema > config/schema.json
 
 # A stamp is the last thing that install writes, so an interrupted setup is taken up again.
 .venv/run.stamp .venv/dev.stamp: .venv/%.stamp: requirements/%.lock pyproject.toml requirements/install .venv/bin/python $(wildcard .venv/unfinished)
