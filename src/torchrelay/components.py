@@ -5,6 +5,7 @@ never rebuilds one, and two components with the same lock share one.
 """
 
 import hashlib
+import io
 import json
 import platform
 import shutil
@@ -89,14 +90,18 @@ def conda_environment(folder: Path) -> str:
     Conda reads the packages as pip's; hashes are left out, since pip takes them for all packages or for none, and
     torch, whose builds share a version, has none.
     """
-    import yaml
+    from ruamel.yaml import YAML
 
     lock, torch = (folder / name for name in ("requirements.cpu.lock", "requirements.torch"))
     lines = [line for file in (lock, torch) for line in file.read_text(encoding="utf-8").splitlines()]
     pins = [line.removesuffix("\\").strip() for line in lines if line[:1].isalnum()]
     dependencies = [f"python={_CONDA_PYTHON}", "pip", {"pip": pins}]
     content = {"name": folder.name, "channels": ["conda-forge", "nodefaults"], "dependencies": dependencies}
-    return _CONDA_HEAD + yaml.safe_dump(content, sort_keys=False, width=200)
+    yaml, text = YAML(), io.StringIO()
+    yaml.indent(sequence=4, offset=2)
+    yaml.width = 200
+    yaml.dump(content, text)
+    return _CONDA_HEAD + text.getvalue()
 
 
 def environment_file(environment: str) -> Path:
