@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pipeline.timing import BenchError
 from report import say
+from torchrelay.components import install_torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -37,17 +38,7 @@ def _install(target: Path, requirements: Path, torch: bool) -> None:
     pip = [*uv, "pip", "install", "--quiet", "--compile-bytecode", "--python", str(target / "bin" / "python")]
     _call([*pip, "--requirements", str(requirements)])
     if torch:
-        _install_torch(pip)
-
-
-def _install_torch(pip: list[str]) -> None:
-    """The CPU build that the components use, from where pip finds wheels, else from PyTorch's own index."""
-    pin = next(line for line in TORCH.read_text(encoding="utf-8").splitlines() if line.startswith("torch=="))
-    command = [*pip, "--no-deps", f"{pin}+cpu"]
-    try:
-        _call(command)
-    except BenchError:
-        _call([*command, "--index-url", "https://download.pytorch.org/whl/cpu"])
+        install_torch(target / "bin" / "python", TORCH, target / "torch.log")
 
 
 def _uv() -> list[str]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from report import say
+from torchrelay.components import install_torch
 from torchrelay.config import component, root, settings, site
 from torchrelay.errors import ConfigError, ServingError
 from torchrelay.serving import gateway
@@ -67,28 +68,10 @@ def mlflow_environment() -> Path:
     subprocess.run([sys.executable, root() / "requirements" / "install", "--venv", folder, "--lock", lock], check=True)
     python = folder / "bin" / "python"
     if not list(folder.glob("lib/python*/site-packages/torch/__init__.py")):
-        _install_torch(python)
+        pinned = root() / "components" / "fashion_mnist" / "requirements.torch"
+        say("installing torch for mlflow")
+        install_torch(python, pinned, folder / "torch.log")
     return python
-
-
-def _install_torch(python: Path) -> None:
-    """The component's torch, for the CPU: pip's own configuration first, then PyTorch's index."""
-    pinned = (root() / "components" / "fashion_mnist" / "requirements.torch").read_text(encoding="utf-8")
-    wanted = next(line for line in pinned.splitlines() if line.startswith("torch=="))
-    say(f"installing {wanted} for mlflow")
-    pip: list[str | Path] = [
-        sys.executable,
-        "-m",
-        "pip",
-        "--python",
-        python,
-        "install",
-        "--quiet",
-        "--no-deps",
-        f"{wanted}+cpu",
-    ]
-    if subprocess.run(pip, check=False).returncode:
-        subprocess.run([*pip, "--index-url", f"{settings().torch_index}/cpu"], check=True)
 
 
 @contextmanager

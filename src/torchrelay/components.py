@@ -148,11 +148,14 @@ def _install(name: str, target: Path, log: Path) -> None:
     say(f"  {lock.name} → {target.name} (a minute or two; details in {log})")
     installer = root() / "requirements" / "install"
     _step([sys.executable, installer, "--venv", target, "--lock", lock], log)
-    _install_torch(target / "bin" / "python", torch, log)
+    install_torch(target / "bin" / "python", torch, log)
 
 
-def _install_torch(python: Path, pinned: Path, log: Path) -> None:
-    """Ask pip's own configuration for the variant's build first, then PyTorch's index for it."""
+def install_torch(python: Path, pinned: Path, log: Path) -> None:
+    """Install the torch that `pinned` names: from where pip is configured to look first, then from PyTorch's index.
+
+    Raises ConfigError where neither has it.
+    """
     requirement = next(line for line in pinned.read_text().splitlines() if line.startswith("torch=="))
     pip: list[str | Path] = [
         sys.executable,
