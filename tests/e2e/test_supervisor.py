@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from engines.supervised import processes_of, until, write_conf
+from engines.supervised import processes_of, started, until, write_conf
 from torchrelay.errors import ServingError
 from torchrelay.serving.engine import Program
 from torchrelay.serving.supervisor import Supervisor, shutdown, start_daemon
@@ -46,7 +46,7 @@ def test_a_program_is_started_once(supervisor: Supervisor, tmp_path: Path) -> No
     assert not supervisor.running(wanted.name)
     assert supervisor.ensure(wanted)
     assert supervisor.running(wanted.name)
-    pids = [process.pid for process in processes_of(wanted)]
+    pids = [process.pid for process in started(wanted)]
     assert not supervisor.ensure(wanted)
     assert [process.pid for process in processes_of(wanted)] == pids
 
@@ -56,11 +56,11 @@ def test_a_changed_program_is_started_anew_and_the_others_are_left_alone(
 ) -> None:
     other = program(tmp_path, name=f"other-{tmp_path.name}")
     supervisor.ensure(other)
+    before = started(other)
     supervisor.ensure(program(tmp_path))
-    before = processes_of(other)
     changed = program(tmp_path, "exec sleep 2000")
     assert supervisor.ensure(changed)
-    assert [process.cmdline() for process in processes_of(changed)] == [["sleep", "2000"]]
+    until(lambda: [process.cmdline() for process in processes_of(changed)] == [["sleep", "2000"]], 10)
     assert processes_of(other) == before
 
 
@@ -84,7 +84,7 @@ def test_the_environment_of_whoever_starts_it_does_not_leak(
     supervisor = Supervisor(tmp_path / "supervisord.sock", tmp_path / "programs")
     wanted = program(tmp_path)
     supervisor.ensure(wanted)
-    assert "PYTHONPATH" not in processes_of(wanted)[0].environ()
+    assert "PYTHONPATH" not in started(wanted)[0].environ()
 
 
 @pytest.mark.parametrize("value", ["a ; comment", "a # comment", "two\nlines", 'a "quote"'])
@@ -97,7 +97,7 @@ def test_what_the_file_format_cannot_hold_is_refused(supervisor: Supervisor, tmp
 def test_a_killed_program_comes_back(supervisor: Supervisor, tmp_path: Path) -> None:
     wanted = program(tmp_path)
     supervisor.ensure(wanted)
-    (killed,) = processes_of(wanted)
+    (killed,) = started(wanted)
     killed.send_signal(signal.SIGKILL)
     until(lambda: any(process.pid != killed.pid for process in processes_of(wanted)), 20)
     assert supervisor.running(wanted.name)
@@ -140,22 +140,24 @@ def test_starting_twice_gives_one(supervisor: Supervisor, conf: Path) -> None:
 def test_after_a_kill_of_supervisord_nothing_runs_twice(supervisor: Supervisor, conf: Path) -> None:
     wanted = program(conf.parent)
     supervisor.ensure(wanted)
-    orphans = processes_of(wanted)
+    orphans = started(wanted)
     os.kill(int((conf.parent / "supervisord.pid").read_text()), signal.SIGKILL)
     until(lambda: not supervisor.answers(), 10)
     assert (conf.parent / "supervisord.sock").exists()
     assert not supervisor.running(wanted.name)
     assert start_daemon(conf)
     until(lambda: supervisor.running(wanted.name), 10)
-    assert len(processes_of(wanted)) == 1
+    assert len(started(wanted)) == 1
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in orphans)
 
 
 def test_shutdown_after_a_kill_of_supervisord_ends_the_orphans(supervisor: Supervisor, conf: Path) -> None:
     wanted = program(conf.parent)
     supervisor.ensure(wanted)
+    orphans = started(wanted)
     os.kill(int((conf.parent / "supervisord.pid").read_text()), signal.SIGKILL)
     shutdown(conf)
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in orphans)
     assert processes_of(wanted) == []
     shutdown(conf)
 

@@ -43,6 +43,12 @@ def processes_of(program: Program) -> list[psutil.Process]:
     return sorted(found, key=lambda process: process.create_time())
 
 
+def started(program: Program) -> list[psutil.Process]:
+    """`processes_of` a program that was just asked for: supervisord says STARTING before its child is the program."""
+    until(lambda: bool(processes_of(program)), 10)
+    return processes_of(program)
+
+
 def until(condition: Callable[[], bool], seconds: float = 60) -> None:
     """Wait for `condition`; an AssertionError when it does not come true."""
     end = time.monotonic() + seconds
