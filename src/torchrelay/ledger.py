@@ -1,4 +1,4 @@
-"""The ledger: one finished MLflow run for each roll-out, refusal, rollback and repair of a perimeter.
+"""The ledger: one finished MLflow run for each roll-out, refusal, rollback, repair and withdrawal in a perimeter.
 
 An entry is first a file in the outbox folder and is deleted there when it is in MLflow, so that neither a dead
 tracking server nor a kill at any point loses or doubles one.
@@ -18,7 +18,7 @@ from torchrelay.rest import AnsweredError
 from torchrelay.tracking import PREFIX, Run, Tracking, tag_value
 
 TAG_ENTRY = f"{PREFIX}entry"
-Kind = Literal["rollout", "refusal", "rollback", "mend"]
+Kind = Literal["rollout", "refusal", "rollback", "mend", "withdrawal"]
 # MLflow cuts a run's tag at 8,000 characters, and the whole entry is one: no text in it may grow without limit.
 Short = Annotated[str, AfterValidator(lambda text: text if len(text) <= 400 else text[:399] + "…")]
 _SHOWN = ("kind", "component", "who", "why", "from_version", "to_version", "verdict", "digest")
@@ -34,17 +34,17 @@ class Entry(Frozen):
     who: Short
     why: Short
     from_version: str | None = Field(description="What served before; None at the first roll-out.")
-    to_version: str
+    to_version: str | None = Field(description="What serves now; None after a withdrawal.")
     verdict: Short
     digest: str = Field(description="Of the archive; empty if the version never had one.")
     duration_s: float
-    failed_requests: int
+    failed_requests: int | None = Field(description="During the change; None where nobody counted.")
     started: float = Field(description="Seconds since 1970.")
 
     def key(self, perimeter: str) -> str:
         """The same for the same event. A refusal is the same however often the refused version is asked for again."""
         moment = self.why if self.kind == "refusal" else repr(self.started)
-        parts = (perimeter, self.kind, self.component, self.to_version, self.digest, moment)
+        parts = (perimeter, self.kind, self.component, self.to_version or "", self.digest, moment)
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -120,10 +120,12 @@ def _carry(tracking: Tracking, waiting: Waiting) -> str:
     entry = waiting.entry
     began = round(entry.started * 1000)
     experiment = tracking.ensure_experiment(_experiment(waiting.perimeter))
-    name = f"{entry.kind} {entry.component} {entry.from_version or '–'} → {entry.to_version}"
+    name = f"{entry.kind} {entry.component} {entry.from_version or '–'} → {entry.to_version or '–'}"
     run = tracking.create_run(experiment, name, entry.key(waiting.perimeter), _tags(waiting), began)
     if run.status != "FINISHED":
-        figures = {"duration_s": entry.duration_s, "failed_requests": float(entry.failed_requests)}
+        figures = {"duration_s": entry.duration_s}
+        if entry.failed_requests is not None:
+            figures["failed_requests"] = float(entry.failed_requests)
         tracking.log_metrics(run.run_id, figures)
         tracking.finish_run(run.run_id, ended=began + round(entry.duration_s * 1000))
     return run.run_id

@@ -244,6 +244,59 @@ def test_killed_at_any_boundary_the_rerun_finishes_and_nothing_unproven_was_rout
     assert kill_at > 2
 
 
+@pytest.mark.parametrize("move", MOVES)
+def test_killed_at_any_boundary_the_keeper_mends_the_node_without_undoing_what_was_reached(
+    move: str, world: World, node: NodeConfig
+) -> None:
+    before, after = MOVES[move]
+    for kill_at in range(1, 200):
+        world.kill_at = None
+        apply.apply(node, desired(*before))
+        world.boundaries, world.kill_at = 0, kill_at
+        try:
+            apply.apply(node, desired(*after))
+            break
+        except Killed:
+            world.kill_at = None
+        reached = apply.last_desired(node)
+        assert reached in (desired(*before), desired(*after))
+        apply.apply(node)
+        assert served(world) == {one.digest for one in reached.components}
+        assert {digest for models in world.models.values() for digest in models.values()} == served(world)
+    assert kill_at > 2
+
+
+def test_what_was_reached_stays_when_the_old_version_cannot_be_taken_away(
+    world: World, node: NodeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply.apply(node, desired("a-1-e1"))
+
+    def stuck(_engine: SimulatedEngine, component: str, version: str) -> None:
+        raise ServingError(f"{component} {version} does not unload", "unloads", "make status")
+
+    with monkeypatch.context() as patch, pytest.raises(apply.ApplyError, match="does not unload") as caught:
+        patch.setattr(SimulatedEngine, "unload", stuck)
+        apply.apply(node, desired("a-2-e1"))
+    assert [one.version for one in caught.value.report.served] == ["2"]
+    apply.apply(node)
+    assert served(world) == {"a-2-e1"}
+
+
+def test_what_served_stays_when_the_gateway_refuses_the_new_routes(
+    world: World, node: NodeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apply.apply(node, desired("a-1-e1"))
+
+    def refuse(place: GatewayPlace, routes: gateway.Routes) -> bool:
+        raise ServingError("Envoy refuses the new routes", "routes that Envoy takes", "make status")
+
+    with monkeypatch.context() as patch, pytest.raises(apply.ApplyError, match="Envoy refuses") as caught:
+        patch.setattr(gateway, "apply_routes", refuse)
+        apply.apply(node, desired("a-2-e1"))
+    assert [one.version for one in caught.value.report.served] == ["1"]
+    assert apply.last_desired(node) == desired("a-1-e1")
+
+
 def test_a_version_that_does_not_load_leaves_what_served(world: World, node: NodeConfig) -> None:
     apply.apply(node, desired("a-1-e1", "b-1-e1"))
     world.broken.add("a-2-e1")

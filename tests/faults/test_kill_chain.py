@@ -15,7 +15,7 @@ from torchrelay import archive, components, ledger, lineage
 from torchrelay.config import Component, Node, Perimeter, Settings, Site, TrackingServer, read_json
 from torchrelay.delivery import converge
 from torchrelay.delivery.plan import Candidate, refusal
-from torchrelay.errors import RefusedError
+from torchrelay.errors import RefusedError, ServingError, TorchrelayError
 from torchrelay.handover import (
     ArchiveRecord,
     DataVersion,
@@ -46,6 +46,7 @@ class Registry:
         self.aliases_set: dict[str, str] = {}
         self.ledger: dict[str, ledger.Entry] = {}
         self.served: tuple[ServedVersion, ...] = ()
+        self.node_fails: TorchrelayError | None = None
         self.boundaries = 0
         self.kill_at: int | None = None
 
@@ -98,6 +99,9 @@ class Registry:
     def set_alias(self, name: str, alias: str, version: str) -> None:
         self.effect(lambda: self.aliases_set.__setitem__(alias, version))
 
+    def delete_alias(self, name: str, alias: str) -> None:
+        self.effect(lambda: self.aliases_set.pop(alias, None))
+
     def artifact_url(self, run_id: str, path: str) -> str:
         return str(self.folder / run_id / path)
 
@@ -125,8 +129,17 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
     )
 
     def apply_on(node: Node, wanted: Desired) -> tuple[NodeReport, None]:
+        if made.node_fails:
+            raise made.node_fails
+        before = {one.digest for one in made.served}
         served = tuple(
-            ServedVersion(component=one.component, version=one.version, digest=one.digest, healthy=True, changed=True)
+            ServedVersion(
+                component=one.component,
+                version=one.version,
+                digest=one.digest,
+                healthy=True,
+                changed=one.digest not in before,
+            )
             for one in wanted.components
         )
         made.effect(lambda: setattr(made, "served", served))
@@ -223,6 +236,7 @@ def test_killed_at_any_boundary_a_rerun_ends_with_one_version_per_run_which_is_l
         assert len(set(runs)) == len(runs) == attempt
         assert registry.aliases_set == {"dev": str(attempt), "dev-live": str(attempt)}
         assert [one.version for one in registry.served] == [str(attempt)]
+        assert [entry.to_version for entry in registry.ledger.values()] == [str(made) for made in range(1, attempt + 1)]
     assert attempt > 30, "the boundaries were not reached"
 
 
@@ -241,3 +255,33 @@ def test_a_refused_run_moves_no_alias_whenever_it_is_killed(registry: Registry, 
         assert registry.aliases_set == {"dev": "1", "dev-live": "1"}
         assert [one.version for one in registry.served] == ["1"]
     assert {entry.kind for entry in registry.ledger.values()} == {"rollout", "refusal"}
+
+
+def test_a_node_that_gives_no_report_is_not_taken_to_serve(registry: Registry, tmp_path: Path) -> None:
+    chain(tmp_path, "one")
+    registry.node_fails = ServingError("apply on dev-1 took over 900 s", "an answer", "make status")
+    with pytest.raises(ServingError, match="900 s"):
+        chain(tmp_path, "two")
+    assert registry.aliases_set == {"dev": "2", "dev-live": "1"}
+    assert [entry.to_version for entry in registry.ledger.values()] == ["1"]
+    registry.node_fails = None
+    chain(tmp_path, "two")
+    assert registry.aliases_set == {"dev": "2", "dev-live": "2"}
+
+
+def test_what_nobody_asks_for_any_more_is_live_no_more_once_no_node_serves_it(
+    registry: Registry, tmp_path: Path
+) -> None:
+    chain(tmp_path, "one")
+    del registry.aliases_set["dev"]
+    registry.node_fails = ServingError("no answer", "an answer", "make status")
+    with pytest.raises(ServingError):
+        converge.converge(SITE, "dev", "test")
+    assert registry.aliases_set == {"dev-live": "1"}
+    registry.node_fails = None
+    for _ in range(2):
+        converge.converge(SITE, "dev", "test")
+        assert registry.aliases_set == {}
+        assert registry.served == ()
+    kinds = [(entry.kind, entry.from_version, entry.to_version) for entry in registry.ledger.values()]
+    assert kinds == [("rollout", None, "1"), ("withdrawal", "1", None)]

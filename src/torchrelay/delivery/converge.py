@@ -8,13 +8,15 @@ import json
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from torchrelay import ledger
-from torchrelay.config import Node, Perimeter, Site, settings
+from torchrelay.config import Frozen, Node, Perimeter, Site, read_json, settings, write_json
 from torchrelay.delivery.plan import Candidate, Claim, Decision, decide, desired, serves
 from torchrelay.errors import BusyError, RefusedError, ServingError, TorchrelayError
 from torchrelay.handover import Desired, NodeReport
@@ -31,12 +33,13 @@ class Outcome:
 
     decisions: list[Decision]
     reports: list[NodeReport]
+    silent: list[str] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
 
     def serving(self, component: str) -> bool:
-        """Whether every node serves what this component should run."""
+        """Whether every node says that it serves what this component should run; one that is silent says nothing."""
         wanted = next((one.wanted for one in self.decisions if one.component == component), None)
-        return all(
+        return not self.silent and all(
             serves(wanted, next((one for one in report.served if one.component == component), None))
             for report in self.reports
         )
@@ -64,7 +67,8 @@ def converge(site: Site, name: str, why: str) -> Outcome:
     """Bring perimeter `name` to what the registry asks for.
 
     A refused request leaves what is live in service and is written to the ledger once. Raises ServingError
-    when a node could not be brought there; `@…-live` then still names what serves.
+    when a node could not be brought there or gave no report; `@…-live` then moves only where all nodes say that
+    they serve what is wanted.
     """
     perimeter = site.perimeters[name]
     tracking = Tracking(site.tracking.url)
@@ -73,7 +77,8 @@ def converge(site: Site, name: str, why: str) -> Outcome:
         decisions = [decide(claim) for claim in claims(tracking, perimeter)]
         began = time.time()
         reports, errors = _apply_everywhere(perimeter, desired(name, decisions))
-        outcome = Outcome(decisions, reports, _changed(reports))
+        silent = sorted({node.name for node in perimeter.nodes} - {report.node for report in reports})
+        outcome = Outcome(decisions, reports, silent, _changed(reports))
         _settle(tracking, perimeter, outcome, _Event(name, why, began))
         if errors:
             raise errors[0]
@@ -102,7 +107,8 @@ def _candidate(version: ModelVersion | None) -> Candidate | None:
     return Candidate(version.name, version.version, version.tags) if version else None
 
 
-def _alone(name: str) -> FileLock:
+@contextmanager
+def _alone(name: str) -> Iterator[None]:
     path = settings().state / "perimeters" / name / "converge.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path)
@@ -112,7 +118,10 @@ def _alone(name: str) -> FileLock:
         raise BusyError(
             f"{path} has been held for {_LOCK_SECONDS} s", "one converge at a time", "make status"
         ) from error
-    return lock
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _apply_everywhere(perimeter: Perimeter, wanted: Desired) -> tuple[list[NodeReport], list[TorchrelayError]]:
@@ -145,22 +154,26 @@ def _apply_on(node: Node, wanted: Desired) -> tuple[NodeReport, TorchrelayError 
     except subprocess.TimeoutExpired as late:
         raise ServingError(f"apply on {node.name} took over {_APPLY_SECONDS} s", "an answer", "make status") from late
     _keep_log(node, done.stderr)
-    answer = json.loads(done.stdout) if done.stdout.strip().startswith("{") else None
-    if answer is None:
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError as nothing:
         raise ServingError(
             f"apply on {node.name} ended with {done.returncode}: {done.stderr.strip()[-2000:]}",
             "a report of what the node serves",
-            f"read {settings().state / 'logs'}",
-        )
+            f"read {_log(node)}",
+        ) from nothing
     fault = answer["error"]
     error = ServingError(fault["found"], fault["expected"], fault["next"]) if fault else None
     return NodeReport.model_validate(answer["report"]), error
 
 
+def _log(node: Node) -> Path:
+    return settings().state / "logs" / f"apply-{node.name}.log"
+
+
 def _keep_log(node: Node, text: str) -> None:
-    path = settings().state / "logs" / f"apply-{node.name}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
+    _log(node).parent.mkdir(parents=True, exist_ok=True)
+    _log(node).write_text(text, encoding="utf-8")
 
 
 def _changed(reports: list[NodeReport]) -> list[str]:
@@ -173,13 +186,51 @@ def _settle(tracking: Tracking, perimeter: Perimeter, outcome: Outcome, event: "
         live = tracking.alias(decision.component, live_alias(perimeter))
         if decision.refusal and decision.refused:
             event.record(tracking, "refusal", decision.refused, live, decision.refusal)
-        if decision.wanted is None or not outcome.serving(decision.component):
+        if not outcome.serving(decision.component):
             continue
-        if live is None or live.version != decision.wanted.version:
-            tracking.set_alias(decision.component, live_alias(perimeter), decision.wanted.version)
-            event.record(tracking, "rollout", decision.wanted, live, event.why)
+        wanted = decision.wanted
+        if wanted is None:
+            _withdraw(tracking, perimeter, live, event)
+        elif live is None or live.version != wanted.version:
+            with _change(event, wanted.component, live, wanted.version) as change:
+                change.record(tracking, "rollout", wanted, live, event.why)
+                tracking.set_alias(wanted.component, live_alias(perimeter), wanted.version)
         elif decision.component in outcome.changed:
-            event.record(tracking, "mend", decision.wanted, live, event.why)
+            event.record(tracking, "mend", wanted, live, event.why)
+
+
+def _withdraw(tracking: Tracking, perimeter: Perimeter, live: ModelVersion | None, event: "_Event") -> None:
+    """Nobody asks for the component any more and no node serves it: nothing of it is live."""
+    if live is None:
+        return
+    with _change(event, live.name, live, None) as change:
+        change.record(tracking, "withdrawal", Candidate(live.name, live.version, live.tags), live, event.why)
+        tracking.delete_alias(live.name, live_alias(perimeter))
+
+
+class _Underway(Frozen):
+    """A change of what is live, from before it is in the ledger until the alias has moved."""
+
+    from_version: str | None
+    to_version: str | None
+    began: float
+
+
+@contextmanager
+def _change(event: "_Event", component: str, live: ModelVersion | None, to_version: str | None) -> Iterator["_Event"]:
+    """The event, begun when the same change was first tried: killed in between, the rerun finds its own ledger entry.
+
+    The entry comes before the alias, since a live version that no entry explains is worse than an entry too early.
+    """
+    note = settings().state / "perimeters" / event.perimeter / "underway" / f"{component}.json"
+    change = _Underway(from_version=live.version if live else None, to_version=to_version, began=event.began)
+    if note.is_file():
+        earlier = read_json(_Underway, note, f"rm {note}")
+        if (earlier.from_version, earlier.to_version) == (change.from_version, change.to_version):
+            change = earlier
+    write_json(note, change)
+    yield replace(event, began=change.began)
+    note.unlink()
 
 
 def record_refusal(tracking: Tracking, name: str, perimeter: Perimeter, candidate: Candidate, reason: str) -> None:
@@ -205,11 +256,11 @@ class _Event:
             who=getpass.getuser(),
             why=why,
             from_version=live.version if live else None,
-            to_version=candidate.version,
+            to_version=None if kind == "withdrawal" else candidate.version,
             verdict="refuse" if kind == "refusal" else "pass",
             digest=candidate.tags.get(TAG_DIGEST, ""),
             duration_s=time.time() - self.began,
-            failed_requests=0,
+            failed_requests=None,
             started=self.began,
         )
         ledger.record(tracking, self.perimeter, entry, _outbox())

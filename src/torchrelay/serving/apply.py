@@ -25,7 +25,6 @@ from torchrelay.serving.gateway import Backend, Endpoint, Routes
 from torchrelay.serving.ports import port_taken
 from torchrelay.serving.supervisor import Supervisor
 
-_DRAIN_SECONDS = 60
 _READY_SECONDS = 120
 _LOCK_SECONDS = 600
 
@@ -139,11 +138,16 @@ class _Apply:
                 errors.append(error)
                 after.extend([before[name]] if name in before else [])
                 reached.extend([last[name]] if name in last else [])
-        if gateway.apply_routes(self.node.gateway, Routes(backends=tuple(after))):
-            self.changed |= {backend.component for backend in after if before.get(backend.component) != backend}
-        self._retire(after)
-        # What was reached, not what was asked: this is what the node goes back to by itself.
-        write_json(self.node.folder / "desired.json", Desired(perimeter=desired.perimeter, components=tuple(reached)))
+        try:
+            if gateway.apply_routes(self.node.gateway, Routes(backends=tuple(after))):
+                self.changed |= {backend.component for backend in after if before.get(backend.component) != backend}
+            # What was reached, not what was asked: this is what the node goes back to by itself. Written before
+            # anything drains, which takes long: a kill then must not make the keeper swap back.
+            reached_state = Desired(perimeter=desired.perimeter, components=tuple(reached))
+            write_json(self.node.folder / "desired.json", reached_state)
+            self._retire(after)
+        except TorchrelayError as error:
+            errors.append(error)
         report = self._report()
         if errors:
             raise ApplyError(report, errors)
@@ -279,16 +283,17 @@ class _Apply:
             needed = engine.address() in addresses
             for found in engine.loaded() if engine.ready() else []:
                 if not needed or (found.component, found.version) not in routed:
-                    self._drain(found)
+                    self._drain(found, instance.response_timeout_s)
                     engine.unload(found.component, found.version)
             if not needed:
                 self.supervisor.remove(instance.name)
                 shutil.rmtree(instance.folder)
         gateway.prune(self.node.gateway)
 
-    def _drain(self, found: Loaded) -> None:
+    def _drain(self, found: Loaded, longest_s: float) -> None:
+        """Wait until no request is in flight: as long as one may take to arrive, and `longest_s` to be answered."""
         place = self.node.gateway
-        end = time.monotonic() + _DRAIN_SECONDS
+        end = time.monotonic() + gateway.REQUEST_TIMEOUT_S + longest_s
         while gateway.in_flight(place, found.component, found.version) and time.monotonic() < end:
             time.sleep(0.05)
 

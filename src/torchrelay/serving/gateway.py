@@ -25,6 +25,7 @@ from torchrelay.serving.engine import Program
 from torchrelay.serving.gateway_config import (
     BOOTSTRAP,
     CLUSTERS,
+    REQUEST_TIMEOUT_S,
     ROUTE_NAME,
     ROUTES,
     STAT_PREFIX,
@@ -40,6 +41,7 @@ from torchrelay.serving.gateway_config import (
 from torchrelay.serving.ports import HOST
 
 __all__ = [
+    "REQUEST_TIMEOUT_S",
     "Backend",
     "Endpoint",
     "Routes",

@@ -44,7 +44,7 @@ _NOT_FOR_ENGINES = (
     "x-forwarded-proto",
 )
 _REQUEST_HEADERS_TIMEOUT_S = 10
-_REQUEST_TIMEOUT_S = 120
+REQUEST_TIMEOUT_S = 120
 
 
 class Endpoint(Frozen):
@@ -161,7 +161,7 @@ def _connection_manager(place: GatewayPlace) -> Json:
         "server_header_transformation": "PASS_THROUGH",
         **_request_ids(),
         "request_headers_timeout": f"{_REQUEST_HEADERS_TIMEOUT_S}s",
-        "request_timeout": f"{_REQUEST_TIMEOUT_S}s",
+        "request_timeout": f"{REQUEST_TIMEOUT_S}s",
         "stream_idle_timeout": "60s",
         # How long a client that still sends a refused body has to read why, before its connection is reset.
         "delayed_close_timeout": "1s",
@@ -424,7 +424,7 @@ def _action(backend: Backend) -> Json:
         "cluster": backend.cluster,
         "prefix_rewrite": backend.path,
         "timeout": f"{backend.timeout_s}s",
-        "idle_timeout": f"{backend.timeout_s + _REQUEST_TIMEOUT_S}s",
+        "idle_timeout": f"{backend.timeout_s + REQUEST_TIMEOUT_S}s",
         "retry_policy": _retries(backend),
     }
 
