@@ -4,7 +4,7 @@
 import sys
 from pathlib import Path
 
-from torchrelay import components, data
+from torchrelay import archive, components, data
 from torchrelay.config import component_names, settings
 
 # The rules call the Python that runs Snakemake, whatever else is on the PATH.

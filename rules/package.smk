@@ -21,6 +21,7 @@ rule package_archive:
         "benchmarks/package_archive/{component}.tsv"
     params:
         serving=lambda wildcards: components.serving_digest(wildcards.component),
+        key=archive.key_digest(settings().keys / "dev"),
     shell:
         "python -m torchrelay package-archive --component {wildcards.component}"
         " --registration {input.registration} --train $(dirname {input.run})"

@@ -1,5 +1,5 @@
 # Register: the one model version of this run, with its verdict and its lineage.
-# in: results/<component>/data.json, train/run.json, gate/verdict.json
+# in: results/<component>/data.json, train/run.json, train/git.json, gate/verdict.json
 # out: results/<component>/registration.json
 # config: none
 
@@ -8,6 +8,7 @@ rule register_model:
     input:
         data="results/{component}/data.json",
         run="results/{component}/train/run.json",
+        git="results/{component}/train/git.json",
         verdict="results/{component}/gate/verdict.json",
     output:
         "results/{component}/registration.json",
@@ -17,4 +18,4 @@ rule register_model:
         "benchmarks/register_model/{component}.tsv"
     shell:
         "python -m torchrelay register-model --component {wildcards.component} --data {input.data}"
-        " --run {input.run} --verdict {input.verdict} --output {output} --log {log}"
+        " --train $(dirname {input.run}) --verdict {input.verdict} --output {output} --log {log}"

@@ -27,6 +27,7 @@ rule train_model:
         weights="results/{component}/train/model.safetensors",
         golden="results/{component}/train/golden.json",
         evaluation="results/{component}/train/evaluation.json",
+        git="results/{component}/train/git.json",
     log:
         "logs/train_model/{component}.log",
     benchmark:

@@ -29,10 +29,14 @@ class Frozen(BaseModel):
 class Metric(Frozen):
     """The figure that decides whether a version may be deployed."""
 
-    name: str = Field("accuracy", description="Name under which training logs it; higher is better.")
+    name: str = Field(
+        "accuracy", description="Name under which training logs the mean score of the test set; higher is better."
+    )
     floor: float = Field(description="A candidate below this is refused.")
-    allowed_regression: float = Field(
-        0.0, ge=0, description="How far below the version in service a candidate may fall."
+    allowed_regression: float | None = Field(
+        0.0,
+        ge=0,
+        description="How far below the version in service a candidate may fall; null: the two are not compared.",
     )
 
 

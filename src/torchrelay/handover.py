@@ -65,7 +65,9 @@ class Verdict(Frozen):
     metric: str
     candidate: float | None = Field(description="Mean score; None if the scores have none (none, or not finite).")
     floor: float
-    allowed_regression: float = Field(0.0, description="How far below the live version it may fall.")
+    allowed_regression: float | None = Field(
+        0.0, description="How far below the live version it may fall; None: they are not compared."
+    )
     live_version: str | None = None
     live: float | None = None
     difference: float | None = Field(None, description="Candidate minus live, on the same test set.")

@@ -9,9 +9,10 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
-from torchrelay.config import Frozen, root
+from torchrelay.config import Frozen
 from torchrelay.errors import ConfigError
 from torchrelay.handover import DataVersion, Environment, TrainedRun, Verdict
 from torchrelay.tracking import KEY, PREFIX, tag_value
@@ -38,6 +39,8 @@ TAG_PROOF = f"{PREFIX}archive.proof"
 TAG_SERVING = f"{PREFIX}serving"
 
 NONE = "none"
+# What a changed policy may change on a version that is there; what it came from stays as it was.
+_VERDICT_TAGS = frozenset({TAG_VERDICT, TAG_REASONS, TAG_SCORE, TAG_TEST_SET})
 
 
 class GitState(Frozen):
@@ -56,23 +59,21 @@ def tags(
     data: DataVersion,
     environment: Environment,
     verdict: Verdict,
+    git: GitState,
     parent_run: str | None = None,
-    git: GitState | None = None,
 ) -> dict[str, str]:
     """Everything a model version must say of its origin when it is registered; a longer value is cut and says so.
 
-    `parent_run` is the run of the live version that the verdict compared with. `git` is this checkout's state
-    if not given.
+    `git` is the checkout when training began, `parent_run` the run of the live version that the verdict compared with.
     """
-    state = git or git_state(root())
     values = {
         KEY: f"{component}:{run.run_id}",
         TAG_COMPONENT: component,
         TAG_RUN: run.run_id,
         TAG_PARAMETERS: json.dumps(run.parameters, sort_keys=True, default=str),
-        TAG_COMMIT: state.commit,
-        TAG_DIRTY: str(state.dirty).lower(),
-        TAG_TREE: state.tree,
+        TAG_COMMIT: git.commit,
+        TAG_DIRTY: str(git.dirty).lower(),
+        TAG_TREE: git.tree,
         TAG_DATA: data.hash,
         TAG_ENVIRONMENT: environment.name,
         TAG_LOCK: environment.lock_sha256,
@@ -84,6 +85,11 @@ def tags(
         TAG_PARENT_RUN: parent_run or NONE,
     }
     return {name: tag_value(value) for name, value in values.items()}
+
+
+def unsaid(tags: Mapping[str, str], present: Mapping[str, str]) -> dict[str, str]:
+    """Of `tags`, what may be set on a version that has `present`: an origin is told once, a verdict may be another."""
+    return {name: value for name, value in tags.items() if name in _VERDICT_TAGS or name not in present}
 
 
 def git_state(folder: Path) -> GitState:

@@ -114,6 +114,16 @@ class Tracking:
         """The run as it is now."""
         return _run(self._rest.get("runs/get", {"run_id": run_id})["run"])
 
+    def has_run(self, run_id: str) -> bool:
+        """Whether the run is there, and nobody deleted it."""
+        try:
+            found = self._rest.get("runs/get", {"run_id": run_id})["run"]
+        except AnsweredError as error:
+            if error.code != NOT_THERE:
+                raise
+            return False
+        return bool(found["info"]["lifecycle_stage"] == "active")
+
     def search_runs(self, experiment: str, condition: str = "", limit: int = 100) -> list[Run]:
         """Runs of the experiment named `experiment` that meet MLflow's filter, newest first."""
         found = self._experiment(experiment)

@@ -12,10 +12,10 @@ import pytest
 
 import tiny
 from torchrelay import archive, components, ledger, lineage
-from torchrelay.config import Component, Node, Perimeter, Settings, Site, TrackingServer, read_json
+from torchrelay.config import Component, Node, Perimeter, Settings, Site, TrackingServer, read_json, write_json
 from torchrelay.delivery import converge
 from torchrelay.delivery.plan import Candidate, refusal
-from torchrelay.errors import RefusedError, ServingError, TorchrelayError
+from torchrelay.errors import ArchiveError, RefusedError, ServingError, TorchrelayError
 from torchrelay.handover import (
     ArchiveRecord,
     DataVersion,
@@ -87,6 +87,9 @@ class Registry:
             assert held is not None
             self.effect(lambda held=held, key=key, value=value: held.tags.__setitem__(key, value))
 
+    def version_of_run(self, name: str, run_id: str) -> ModelVersion | None:
+        return next((one for one in self.versions_made if one.run_id == run_id), None)
+
     def version(self, name: str, version: str) -> ModelVersion | None:
         return next((one for one in self.versions_made if one.version == version), None)
 
@@ -117,6 +120,8 @@ class Registry:
 
 PERIMETER = Perimeter(alias="dev", gateway="http://x", nodes=(Node(name="dev-1", folder=Path("/nowhere")),))
 SITE = Site(supervisor=Path("s"), tracking=TrackingServer(url="http://x"), perimeters={"dev": PERIMETER})
+GIT = lineage.GitState(commit="c", dirty=False, tree="t")
+DATA = DataVersion(component="tiny", hash="h")
 ENVIRONMENT = Environment(name=tiny.ENVIRONMENT, variant="cpu", python="python", lock_sha256="0")
 
 
@@ -168,7 +173,6 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
         (components, "environment"): lambda name: ENVIRONMENT,
         (components, "folder"): lambda name: tiny.COMPONENT,
         (register, "component"): lambda name: described,
-        (lineage, "git_state"): lambda folder: lineage.GitState(commit="c", dirty=False, tree="t"),
         (ledger, "record"): record,
         (ledger, "flush_outbox"): lambda tracking, outbox: {},
         (converge, "_apply_on"): apply_on,
@@ -202,22 +206,28 @@ def verdict(run: str, passed: bool = True) -> Verdict:
 
 def chain(folder: Path, run_id: str, passed: bool = True) -> None:
     """The legs after training, each skipped when its output is there: what Snakemake does."""
-    run = TrainedRun(run_id=run_id, experiment_id="1", model_uri="models:/m-1", metrics={}, parameters={}, device="cpu")
-    data = DataVersion(component="tiny", hash="h")
+    trained = train(folder / run_id / "train", run_id)
     places = {name: folder / run_id / name for name in ("registration.json", "archive.json", "proof.json", "dev.json")}
     if not places["registration.json"].exists():
-        register.register_model("tiny", run, verdict(run_id, passed), data, places["registration.json"])
+        register.register_model("tiny", trained, verdict(run_id, passed), DATA, places["registration.json"])
     registration = read_json(Registration, places["registration.json"], "x")
     packed = folder / run_id / "archive"
     if not places["archive.json"].exists():
-        register.package_archive(
-            "tiny", registration, tiny.train(folder / run_id / "train"), packed, places["archive.json"]
-        )
+        register.package_archive("tiny", registration, trained, packed, places["archive.json"])
     record = read_json(ArchiveRecord, places["archive.json"], "x")
     if not places["proof.json"].exists():
         register.prove_archive("tiny", record, packed, places["proof.json"])
     if not places["dev.json"].exists():
         deploy.deploy_model("tiny", record, "dev", places["dev.json"])
+
+
+def train(folder: Path, run_id: str, git: lineage.GitState = GIT) -> Path:
+    """What the leg `train_model` leaves."""
+    run = TrainedRun(run_id=run_id, experiment_id="1", model_uri="models:/m-1", metrics={}, parameters={}, device="cpu")
+    tiny.train(folder)
+    write_json(folder / "run.json", run)
+    write_json(folder / "git.json", git)
+    return folder
 
 
 def test_killed_at_any_boundary_a_rerun_ends_with_one_version_per_run_which_is_live(
@@ -285,3 +295,57 @@ def test_what_nobody_asks_for_any_more_is_live_no_more_once_no_node_serves_it(
         assert registry.served == ()
     kinds = [(entry.kind, entry.from_version, entry.to_version) for entry in registry.ledger.values()]
     assert kinds == [("rollout", None, "1"), ("withdrawal", "1", None)]
+
+
+def test_judging_a_live_version_anew_changes_its_verdict_but_not_what_it_came_from(
+    registry: Registry, tmp_path: Path
+) -> None:
+    chain(tmp_path, "one")
+    chain(tmp_path, "two")
+    before = dict(registry.versions_made[1].tags)
+    later = lineage.GitState(commit="later", dirty=True, tree="later")
+    trained = train(tmp_path / "two" / "train", "two", later)
+    judged = verdict("two").model_copy(update={"live_version": "2", "candidate": 0.8})
+    register.register_model("tiny", trained, judged, DATA, tmp_path / "again.json")
+    after = registry.versions_made[1].tags
+    assert {name for name in after if after[name] != before[name]} == {lineage.TAG_SCORE}
+    assert len(registry.versions_made) == 2
+
+
+def test_an_archive_signed_by_a_lost_key_is_packed_and_signed_anew_as_it_was(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain(tmp_path, "one")
+    before = (tmp_path / "one" / "archive.json").read_bytes()
+    (tmp_path / "one" / "archive.json").unlink()
+    _trust_only(monkeypatch, "signed with the new key")
+    chain(tmp_path, "one")
+    assert (tmp_path / "one" / "archive.json").read_bytes() == before
+
+
+def test_an_archive_that_cannot_be_packed_as_it_was_is_not_signed_for_its_version(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain(tmp_path, "one")
+    (tmp_path / "one" / "archive.json").unlink()
+    _trust_only(monkeypatch, "signed with the new key")
+    original = tiny.train
+    monkeypatch.setattr(tiny, "train", lambda folder: original(folder, tolerance=0.5))
+    with pytest.raises(ArchiveError, match="packed again it has the digest"):
+        chain(tmp_path, "one")
+    assert not (tmp_path / "one" / "archive.json").exists()
+
+
+def _trust_only(monkeypatch: pytest.MonkeyPatch, signature: str) -> None:
+    """From now on archives are signed, and verified, by another key."""
+
+    def sign(folder: Path, key: Path) -> None:
+        (folder / "model.sig").write_text(signature)
+
+    def verify(folder: Path, key: Path, digest: str | None = None) -> Manifest:
+        if (folder / "model.sig").read_text() != signature:
+            raise ArchiveError(f"{folder} is not signed by {key}", "a signature by that key", "make deploy-dev")
+        return read_json(Manifest, folder / "manifest.json", "x")
+
+    monkeypatch.setattr(archive, "sign", sign)
+    monkeypatch.setattr(archive, "verify", verify)

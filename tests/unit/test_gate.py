@@ -8,13 +8,11 @@ from hypothesis import strategies as st
 
 from torchrelay.config import Component, Metric
 from torchrelay.errors import DataError
-from torchrelay.gate import compare, judge, report, slices
+from torchrelay.gate import Live, compare, judge, report, slices
 from torchrelay.handover import Evaluation, TrainedRun, Verdict
 
-RUN = TrainedRun(run_id="r1", experiment_id="1", model_uri="models:/m-1", metrics={}, parameters={}, device="cpu")
 
-
-def component(floor: float = 0.5, allowed: float = 0.0) -> Component:
+def component(floor: float = 0.5, allowed: float | None = 0.0) -> Component:
     metric = Metric(name="accuracy", floor=floor, allowed_regression=allowed)
     return Component(name="tiny", description="d", task="classification", data="d", metric=metric)
 
@@ -23,31 +21,43 @@ def evaluation(right: int, of: int, **more: object) -> Evaluation:
     return Evaluation(test_set="a" * 64, scores=[1.0] * right + [0.0] * (of - right), **more)
 
 
+def run(**metrics: float) -> TrainedRun:
+    return TrainedRun(
+        run_id="r1", experiment_id="1", model_uri="models:/m-1", metrics=metrics, parameters={}, device="cpu"
+    )
+
+
+def verdict_of(component: Component, candidate: Evaluation, live: Live | None = None) -> Verdict:
+    """Of a run that logged what its scores average."""
+    logged = {"accuracy": sum(candidate.scores) / len(candidate.scores)} if candidate.scores else {}
+    return judge(component, run(**logged), candidate, live)
+
+
 def test_the_first_deployment_needs_only_the_floor():
-    verdict = judge(component(0.9), RUN, evaluation(90, 100), None)
+    verdict = verdict_of(component(0.9), evaluation(90, 100))
     assert (verdict.verdict, verdict.candidate, verdict.live, verdict.reasons) == ("pass", 0.9, None, [])
 
 
 def test_below_the_floor_is_refused_and_says_by_which_figures():
-    verdict = judge(component(0.9), RUN, evaluation(8999, 10000), None)
+    verdict = verdict_of(component(0.9), evaluation(8999, 10000))
     assert verdict.verdict == "refuse"
     assert verdict.reasons == ["accuracy 0.8999 is below the floor of 0.9"]
 
 
 @pytest.mark.parametrize(("right", "passes"), [(91, True), (90, True), (89, False)])
 def test_a_regression_is_allowed_up_to_the_limit_and_no_further(right, passes):
-    verdict = judge(component(0.5, allowed=0.01), RUN, evaluation(right, 100), ("7", evaluation(91, 100)))
+    verdict = verdict_of(component(0.5, allowed=0.01), evaluation(right, 100), Live("7", evaluation(91, 100)))
     assert (verdict.verdict == "pass") is passes
     assert verdict.difference == (right - 91) / 100
     assert passes or verdict.reasons == ["accuracy is 0.02 below live version 7; 0.01 is allowed"]
 
 
 def test_both_faults_are_named():
-    assert len(judge(component(0.9), RUN, evaluation(80, 100), ("7", evaluation(95, 100))).reasons) == 2
+    assert len(verdict_of(component(0.9), evaluation(80, 100), Live("7", evaluation(95, 100))).reasons) == 2
 
 
 def test_the_live_version_itself_passes():
-    verdict = judge(component(), RUN, evaluation(91, 100), ("7", evaluation(91, 100)))
+    verdict = verdict_of(component(), evaluation(91, 100), Live("7", evaluation(91, 100)))
     assert (verdict.verdict, verdict.difference) == ("pass", 0.0)
 
 
@@ -60,33 +70,62 @@ def test_the_live_version_itself_passes():
     ],
 )
 def test_scores_without_a_mean_are_refused(scores, reason):
-    verdict = judge(component(), RUN, Evaluation(test_set="a", scores=scores), None)
+    verdict = verdict_of(component(), Evaluation(test_set="a", scores=scores))
     assert (verdict.verdict, verdict.candidate, verdict.reasons) == ("refuse", None, [reason])
     assert Verdict.model_validate_json(verdict.model_dump_json()) == verdict
 
 
 def test_another_number_of_scores_than_live_is_refused():
-    verdict = judge(component(), RUN, evaluation(9, 10), ("7", evaluation(9, 11)))
+    verdict = verdict_of(component(), evaluation(9, 10), Live("7", evaluation(9, 11)))
     assert verdict.reasons == ["the candidate has 10 scores and live version 7 has 11, on the same test set"]
     assert verdict.difference is None
 
 
 def test_a_broken_live_evaluation_is_refused_since_nothing_can_be_compared():
-    live = ("7", Evaluation(test_set="a" * 64, scores=[math.nan] * 10))
-    assert judge(component(), RUN, evaluation(9, 10), live).reasons == [
+    live = Live("7", Evaluation(test_set="a" * 64, scores=[math.nan] * 10))
+    assert verdict_of(component(), evaluation(9, 10), live).reasons == [
         "10 of 10 scores of live version 7 are not finite numbers"
     ]
 
 
 def test_a_slicing_of_another_length_is_refused():
-    verdict = judge(component(), RUN, evaluation(9, 10, slices={"class": ["a"]}), None)
+    verdict = verdict_of(component(), evaluation(9, 10, slices={"class": ["a"]}))
     assert verdict.reasons == ["slicing 'class' of the candidate is for 1 samples, of 10"]
 
 
 def test_another_test_set_is_the_callers_error():
     live = Evaluation(test_set="b" * 64, scores=[1.0] * 10)
     with pytest.raises(DataError, match="live version 7 of tiny was evaluated on test set bbbbbbbbbbbb"):
-        judge(component(), RUN, evaluation(9, 10), ("7", live))
+        verdict_of(component(), evaluation(9, 10), Live("7", live))
+
+
+@pytest.mark.parametrize(
+    ("metrics", "reason"),
+    [
+        ({"f1": 0.8}, "training logged no accuracy in run.json, but f1"),
+        ({}, "training logged no accuracy in run.json, but nothing"),
+        ({"accuracy": 0.8}, "training logged accuracy 0.8, but its scores on the test set average 0.9"),
+    ],
+)
+def test_a_metric_that_is_not_what_the_scores_say_is_refused(metrics, reason):
+    verdict = judge(component(), run(**metrics), evaluation(9, 10), None)
+    assert (verdict.verdict, verdict.reasons) == ("refuse", [reason])
+
+
+def test_a_live_version_that_cannot_be_scored_is_a_verdict_with_its_reason():
+    verdict = verdict_of(component(), evaluation(9, 10), Live("7", fault="it refuses its input"))
+    assert verdict.reasons == ["live version 7 could not be compared with: it refuses its input"]
+    assert (verdict.live_version, verdict.live) == ("7", None)
+    assert "could not be compared with live version 7" in report(verdict, evaluation(9, 10), None, "#")
+
+
+def test_a_policy_without_a_comparison_counts_the_floor_alone():
+    verdict = verdict_of(component(0.5, allowed=None), evaluation(6, 10), Live("7"))
+    assert (verdict.verdict, verdict.live_version, verdict.allowed_regression) == ("pass", "7", None)
+    assert "asks for no comparison with live version 7" in report(verdict, evaluation(6, 10), None, "#").replace(
+        "&#39;", "'"
+    )
+    assert verdict_of(component(0.9, allowed=None), evaluation(6, 10), Live("7")).verdict == "refuse"
 
 
 def test_newcombes_interval_of_his_method_10_by_hand():
@@ -130,9 +169,8 @@ def test_losses_that_all_differ_by_the_same_leave_no_doubt():
 
 
 def test_one_loss_has_no_interval():
-    verdict = judge(
-        component(-1.0), RUN, Evaluation(test_set="a", scores=[-0.5]), ("1", Evaluation(test_set="a", scores=[-0.4]))
-    )
+    live = Live("1", Evaluation(test_set="a", scores=[-0.4]))
+    verdict = verdict_of(component(-1.0), Evaluation(test_set="a", scores=[-0.5]), live)
     assert (verdict.verdict, verdict.interval) == ("refuse", None)
     assert Verdict.model_validate_json(verdict.model_dump_json()) == verdict
 
@@ -166,7 +204,7 @@ class Page(HTMLParser):
 
 
 def shown(candidate: Evaluation, live: Evaluation | None, **settings: float) -> Page:
-    verdict = judge(component(**settings), RUN, candidate, ("7", live) if live else None)
+    verdict = verdict_of(component(**settings), candidate, Live("7", live) if live else None)
     return Page(report(verdict, candidate, live, "http://127.0.0.1:1/#/run"))
 
 

@@ -4,7 +4,7 @@ An archive is a folder of `model.mar`, `manifest.json` and `model.sig`. `pack` a
 brings it to a node, `verify` lets in nothing else, and `prove` runs it against its golden outputs.
 """
 
-from torchrelay.archive.keys import KeyPair, ensure_key
+from torchrelay.archive.keys import KeyPair, ensure_key, key_digest
 from torchrelay.archive.mar import digest, golden_set, unpack
 from torchrelay.archive.packing import pack
 from torchrelay.archive.proving import evaluate, prove
@@ -19,6 +19,7 @@ __all__ = [
     "evaluate",
     "fetch",
     "golden_set",
+    "key_digest",
     "pack",
     "prove",
     "sign",

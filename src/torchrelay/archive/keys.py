@@ -1,5 +1,6 @@
 """The signing key of a perimeter: made at first use, outside the checkout, and never made again."""
 
+import hashlib
 import os
 import stat
 import tempfile
@@ -40,6 +41,12 @@ def ensure_key(folder: Path) -> KeyPair:
             f"rm {keys.public}, then run the command again: it is derived anew",
         )
     return keys
+
+
+def key_digest(folder: Path) -> str:
+    """A hash of the public key in `folder`, "none" where there is none yet; archives are redone when it changes."""
+    public = folder / "signing.pub"
+    return hashlib.sha256(public.read_bytes()).hexdigest()[:16] if public.is_file() else "none"
 
 
 def public_half(private: Path) -> bytes:

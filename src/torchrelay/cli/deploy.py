@@ -42,6 +42,7 @@ def _deploy_dev(name: str, lock: int) -> None:
     nodes.start(wait=False)
     _environment_and_data(name)
     nodes.start()
+    _forget_lost(name)
     ran = _run_chain(name, lock)
     _check_perimeter(name)
     _summary(name, began, ran)
@@ -81,6 +82,15 @@ def _environment_and_data(name: str) -> None:
         log = root() / "logs" / "prepare_data" / f"{name}.log"
         with leg("prepare_data", f"{name} (extract, validate, prepare; log: {log.relative_to(root())})"):
             data.reproduce(name, log)
+
+
+def _forget_lost(name: str) -> None:
+    """What was deleted from the registry is made again by the legs whose outputs are gone."""
+    from torchrelay.legs.register import lost
+
+    for file in lost(name):
+        say(f"  {file.relative_to(root())} speaks of what the registry has no more: that leg runs again")
+        file.unlink(missing_ok=True)
 
 
 def _snakemake(name: str, *words: str) -> list[str]:

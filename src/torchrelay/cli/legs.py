@@ -112,20 +112,20 @@ def gate_model(component: str, train: Path, output: Path) -> None:
 @click.command()
 @_component
 @_path("data", "data.json")
-@_path("run", "run.json")
+@_path("train", "What train-model left.")
 @_path("verdict", "verdict.json")
 @_path("output", "registration.json")
 @_log
-def register_model(component: str, data: Path, run: Path, verdict: Path, output: Path) -> None:
+def register_model(component: str, data: Path, train: Path, verdict: Path, output: Path) -> None:
     """Register the run as a model version, once, with its verdict and lineage."""
-    from torchrelay.handover import DataVersion, TrainedRun, Verdict
+    from torchrelay.handover import DataVersion, Verdict
     from torchrelay.legs.register import register_model as register
 
     again = f"make deploy-dev COMPONENT={component}"
     with leg("register_model", component):
         found = register(
             component,
-            read_json(TrainedRun, run, again),
+            train,
             read_json(Verdict, verdict, again),
             read_json(DataVersion, data, again),
             output,

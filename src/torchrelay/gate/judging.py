@@ -24,6 +24,17 @@ class Comparison(NamedTuple):
     interval: tuple[float, float] | None
 
 
+class Live(NamedTuple):
+    """The version in service: its evaluation on the candidate's test set, or why there is none.
+
+    Neither is there where the component's policy does not ask for a comparison.
+    """
+
+    version: str
+    evaluation: Evaluation | None = None
+    fault: str = ""
+
+
 class Slice(Frozen):
     """One part of the test set, for example a class."""
 
@@ -35,22 +46,24 @@ class Slice(Frozen):
     difference: float | None = None
 
 
-def judge(component: Component, run: TrainedRun, candidate: Evaluation, live: tuple[str, Evaluation] | None) -> Verdict:
+def judge(component: Component, run: TrainedRun, candidate: Evaluation, live: Live | None) -> Verdict:
     """Refuse a candidate below the floor, or further below the live version than the component allows.
 
-    `live` is the version in service and its evaluation, None at the first deployment: then only the floor counts.
+    `live` is the version in service, None at the first deployment: then only the floor counts.
     A candidate that is the live version itself gives the same scores and so differs by nothing.
     Raises DataError if the two were evaluated on different test sets: evaluate the live version again first.
     """
-    if live is not None:
-        _insist_on_one_test_set(component, candidate, live)
+    theirs = live.evaluation if live else None
+    if live and theirs:
+        _insist_on_one_test_set(component, candidate, live.version, theirs)
     reasons = list(_faults("the candidate", candidate)) or list(_live_faults(candidate, live))
     figure = _mean(candidate.scores)
-    compared = compare(candidate.scores, live[1].scores) if live and not reasons else None
+    compared = compare(candidate.scores, theirs.scores) if theirs and not reasons else None
     if figure is not None:
+        reasons += _unlike_logged(component.metric, run, figure)
         reasons += _below_floor(component.metric, figure)
     if live and compared:
-        reasons += _below_live(component.metric, live[0], compared)
+        reasons += _below_live(component.metric, live.version, compared)
     return Verdict(
         component=component.name,
         run_id=run.run_id,
@@ -60,8 +73,8 @@ def judge(component: Component, run: TrainedRun, candidate: Evaluation, live: tu
         candidate=figure,
         floor=component.metric.floor,
         allowed_regression=component.metric.allowed_regression,
-        live_version=live[0] if live else None,
-        live=_mean(live[1].scores) if live else None,
+        live_version=live.version if live else None,
+        live=_mean(theirs.scores) if theirs else None,
         difference=compared.difference if compared else None,
         interval=compared.interval if compared else None,
         test_set=candidate.test_set,
@@ -110,8 +123,7 @@ def _places(names: list[str]) -> dict[str, list[int]]:
     return found
 
 
-def _insist_on_one_test_set(component: Component, ours: Evaluation, live: tuple[str, Evaluation]) -> None:
-    version, theirs = live
+def _insist_on_one_test_set(component: Component, ours: Evaluation, version: str, theirs: Evaluation) -> None:
     if theirs.test_set != ours.test_set:
         raise DataError(
             f"live version {version} of {component.name} was evaluated on test set {theirs.test_set[:12]}",
@@ -132,11 +144,13 @@ def _faults(whose: str, evaluation: Evaluation) -> Iterator[str]:
             yield f"slicing {slicing!r} of {whose} is for {len(names)} samples, of {len(evaluation.scores)}"
 
 
-def _live_faults(candidate: Evaluation, live: tuple[str, Evaluation] | None) -> Iterator[str]:
-    """What makes the live version's evaluation unfit to be compared with."""
-    if live is None:
+def _live_faults(candidate: Evaluation, live: Live | None) -> Iterator[str]:
+    """What makes the live version unfit to be compared with, where it should be."""
+    if live and live.fault:
+        yield f"live version {live.version} could not be compared with: {live.fault}"
+    if live is None or live.evaluation is None:
         return
-    version, theirs = live
+    version, theirs = live.version, live.evaluation
     yield from _faults(f"live version {version}", theirs)
     if len(theirs.scores) != len(candidate.scores):
         yield (
@@ -145,13 +159,22 @@ def _live_faults(candidate: Evaluation, live: tuple[str, Evaluation] | None) -> 
         )
 
 
+def _unlike_logged(metric: Metric, run: TrainedRun, figure: float) -> Iterator[str]:
+    """The figure that is judged must be the one that training logged under the metric's name."""
+    logged = run.metrics.get(metric.name)
+    if logged is None:
+        yield f"training logged no {metric.name} in run.json, but {', '.join(sorted(run.metrics)) or 'nothing'}"
+    elif not math.isclose(logged, figure, rel_tol=1e-4, abs_tol=1e-6):
+        yield f"training logged {metric.name} {logged:.6g}, but its scores on the test set average {figure:.6g}"
+
+
 def _below_floor(metric: Metric, figure: float) -> Iterator[str]:
     if figure < metric.floor:
         yield f"{metric.name} {figure:.6g} is below the floor of {metric.floor:.6g}"
 
 
 def _below_live(metric: Metric, version: str, compared: Comparison) -> Iterator[str]:
-    if compared.difference < -metric.allowed_regression:
+    if metric.allowed_regression is not None and compared.difference < -metric.allowed_regression:
         allowed = f"{metric.allowed_regression:.6g} is allowed" if metric.allowed_regression else "none is allowed"
         yield f"{metric.name} is {-compared.difference:.6g} below live version {version}; {allowed}"
 

@@ -82,6 +82,8 @@ def _meaning(verdict: Verdict) -> str:
     """What the interval says, in words."""
     if verdict.live_version is None:
         return "Nothing is live yet, so only the floor counts."
+    if verdict.allowed_regression is None:
+        return f"The component's policy asks for no comparison with live version {verdict.live_version}."
     if verdict.difference is None or verdict.interval is None:
         return f"It could not be compared with live version {verdict.live_version}."
     low, high = verdict.interval
@@ -118,7 +120,7 @@ def _score_plot(verdict: Verdict) -> Plot | None:
 
 
 def _difference_plot(verdict: Verdict) -> Plot | None:
-    if verdict.difference is None:
+    if verdict.difference is None or verdict.allowed_regression is None:
         return None
     ends = verdict.interval or (verdict.difference, verdict.difference)
     low, high = _range([0.0, -verdict.allowed_regression, *ends])

@@ -5,9 +5,10 @@ from pathlib import Path
 
 from torchrelay import archive, components, gate
 from torchrelay.config import component, read_json, settings, site, write_file, write_json
-from torchrelay.errors import TorchrelayError
+from torchrelay.errors import ArchiveError, TorchrelayError
 from torchrelay.handover import Environment, Evaluation, TrainedRun, Verdict
 from torchrelay.lineage import TAG_ARCHIVE_URL, TAG_DIGEST, TAG_ENVIRONMENT
+from torchrelay.rest import NOT_THERE, AnsweredError
 from torchrelay.tracking import ModelVersion, Tracking
 
 
@@ -17,16 +18,31 @@ def gate_model(name: str, train: Path, test_set: Path, output: Path) -> Verdict:
     candidate = read_json(Evaluation, train / "evaluation.json", f"make deploy-dev COMPONENT={name}")
     tracking = Tracking(site().tracking.url)
     live = tracking.alias(name, "dev-live")
-    against = (live.version, _evaluation_of(tracking, live, test_set, candidate)) if live else None
+    against = _live(tracking, live, test_set, candidate) if live else None
     verdict = gate.judge(component(name), run, candidate, against)
     page = gate.report(
-        verdict, candidate, against[1] if against else None, tracking.run_url(run.experiment_id, run.run_id)
+        verdict, candidate, against.evaluation if against else None, tracking.run_url(run.experiment_id, run.run_id)
     )
     write_file(output / "report.html", page.encode())
     write_json(output / "verdict.json", verdict)
     for file in ("report.html", "verdict.json"):
         tracking.upload_artifact(run.run_id, f"torchrelay/gate/{file}", output / file)
     return verdict
+
+
+def _live(tracking: Tracking, live: ModelVersion, test_set: Path, candidate: Evaluation) -> gate.Live:
+    """The live version with its scores. That it has none on this test set is for the verdict to say, not an error."""
+    if component(live.name).metric.allowed_regression is None:
+        return gate.Live(live.version)
+    try:
+        return gate.Live(live.version, _evaluation_of(tracking, live, test_set, candidate))
+    except ArchiveError as error:
+        reason = error.found
+    except AnsweredError as error:
+        if error.code != NOT_THERE:
+            raise
+        reason = error.found
+    return gate.Live(live.version, fault=f"{reason}; metric.allowed_regression: null asks for no comparison")
 
 
 def _evaluation_of(tracking: Tracking, live: ModelVersion, test_set: Path, candidate: Evaluation) -> Evaluation:

@@ -7,6 +7,7 @@ from filelock import FileLock
 
 from torchrelay import archive, components, lineage
 from torchrelay.config import component, read_json, settings, site, write_json
+from torchrelay.errors import ArchiveError
 from torchrelay.handover import (
     ArchiveRecord,
     DataVersion,
@@ -17,11 +18,15 @@ from torchrelay.handover import (
     TrainedRun,
     Verdict,
 )
+from torchrelay.legs.places import results
+from torchrelay.lineage import GitState
 from torchrelay.tracking import Tracking
 
 
-def register_model(name: str, run: TrainedRun, verdict: Verdict, data: DataVersion, output: Path) -> Registration:
-    """The model version of this run: found if it exists, made if not, with its verdict and lineage on it."""
+def register_model(name: str, train: Path, verdict: Verdict, data: DataVersion, output: Path) -> Registration:
+    """The model version of the run in `train`: found if it exists, made if not, with its verdict and lineage on it."""
+    again = f"make deploy-dev COMPONENT={name}"
+    run = read_json(TrainedRun, train / "run.json", again)
     tracking = Tracking(site().tracking.url)
     tags = lineage.tags(
         component=name,
@@ -29,12 +34,15 @@ def register_model(name: str, run: TrainedRun, verdict: Verdict, data: DataVersi
         data=data,
         environment=components.environment(name),
         verdict=verdict,
+        git=read_json(GitState, train / "git.json", again),
         parent_run=_parent_run(tracking, name, verdict),
     )
     lock = settings().state / "locks" / f"register-{name}.lock"
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):
-        version = tracking.register_version(name, run.run_id, run.model_uri, tags)
+        present = tracking.version_of_run(name, run.run_id)
+        said = lineage.unsaid(tags, present.tags if present else {})
+        version = tracking.register_version(name, run.run_id, run.model_uri, said)
     registration = Registration(component=name, version=version.version, run_id=run.run_id)
     write_json(output, registration)
     return registration
@@ -45,10 +53,26 @@ def _parent_run(tracking: Tracking, name: str, verdict: Verdict) -> str | None:
     return parent.run_id if parent else None
 
 
-def package_archive(name: str, registration: Registration, train: Path, folder: Path, record: Path) -> ArchiveRecord:
-    """Pack, sign and upload, once per version: the archive that a version already has is fetched, not made again."""
+def lost(name: str) -> list[Path]:
+    """The hand-over files that speak of a version, or of a run, which somebody has deleted from the registry since."""
+    file = results(name) / "registration.json"
+    if not file.is_file():
+        return []
+    registered = read_json(Registration, file, f"rm {file}")
     tracking = Tracking(site().tracking.url)
-    manifest = _made_before(tracking, registration, folder) or _packed(name, registration, train, folder)
+    if not tracking.has_run(registered.run_id):
+        return [results(name) / "train" / "run.json", file]
+    found = tracking.version(name, registered.version)
+    return [] if found and found.run_id == registered.run_id else [file]
+
+
+def package_archive(name: str, registration: Registration, train: Path, folder: Path, record: Path) -> ArchiveRecord:
+    """Pack, sign and upload, once per version: the archive that a version already has is fetched, not made again.
+
+    One that is damaged, or signed by a key that is ours no more, is packed again; ArchiveError if that gives another.
+    """
+    tracking = Tracking(site().tracking.url)
+    manifest = _made_before(tracking, registration, train, folder) or _packed(name, registration, train, folder)
     url = tracking.artifact_url(registration.run_id, f"torchrelay/archive/{manifest.digest}")
     for file in ("model.mar", "manifest.json", "model.sig"):
         path = f"torchrelay/archive/{manifest.digest}/{file}"
@@ -72,14 +96,30 @@ def package_archive(name: str, registration: Registration, train: Path, folder: 
     return found
 
 
-def _made_before(tracking: Tracking, registration: Registration, folder: Path) -> Manifest | None:
+def _made_before(tracking: Tracking, registration: Registration, train: Path, folder: Path) -> Manifest | None:
     """The archive that this version was given earlier, when the code around the model may have been another."""
     version = tracking.version(registration.component, registration.version)
     digest = version.tags.get(lineage.TAG_DIGEST) if version else None
     if version is None or digest is None:
         return None
     archive.fetch(version.tags[lineage.TAG_ARCHIVE_URL], folder)
-    return archive.verify(folder, settings().keys / "dev" / "signing.pub", digest)
+    try:
+        return archive.verify(folder, settings().keys / "dev" / "signing.pub", digest)
+    except ArchiveError as error:
+        return _signed_anew(error, digest, registration, train, folder)
+
+
+def _signed_anew(error: ArchiveError, digest: str, registration: Registration, train: Path, folder: Path) -> Manifest:
+    """The very archive again, from what training left: what the server holds is not signed without a look."""
+    name = registration.component
+    manifest = _packed(name, registration, train, folder)
+    if manifest.digest != digest:
+        raise ArchiveError(
+            f"{error.found}; packed again it has the digest {manifest.digest}",
+            f"the archive {digest} that version {registration.version} was proven with",
+            f"rm -r results/{name}/train, then make deploy-dev COMPONENT={name}, which trains a new version",
+        ) from error
+    return manifest
 
 
 def _packed(name: str, registration: Registration, train: Path, folder: Path) -> Manifest:

@@ -6,25 +6,27 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from torchrelay import components
-from torchrelay.config import component, read_json, settings, site, write_file
+from torchrelay.config import component, read_json, root, settings, site, write_file, write_json
 from torchrelay.console import run_logged
 from torchrelay.errors import ConfigError
 from torchrelay.handover import DataVersion, TrainedRun
+from torchrelay.lineage import git_state
 from torchrelay.tracking import Tracking
 
 # What later legs ask of a run without this checkout: kept with the run, on the tracking server.
-_KEPT = ("evaluation.json", "golden.json")
+_KEPT = ("evaluation.json", "golden.json", "git.json")
 
 
 def train_model(name: str, data: DataVersion, prepared: Path, output: Path, log: Path) -> TrainedRun:
-    """Run `mlflow run` and return what it left in `output`.
+    """Run `mlflow run` and return what it left in `output`, with git.json: the checkout when training began.
 
-    The folder is written aside and renamed when training is complete, so a killed run leaves the last one.
+    The folder is written aside and renamed when training is complete: what lies there is whole.
     """
     found = component(name)
     aside = output.absolute().with_name(f".{output.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    write_json(aside / "git.json", git_state(root()))
     handed = {
         "data": prepared,
         "output": aside,

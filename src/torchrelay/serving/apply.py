@@ -190,15 +190,28 @@ class _Apply:
     def _archive(self, wanted: WantedVersion) -> Path:
         """The archive's folder on this node, fetched if it is not here, and verified whichever way it came."""
         folder = self.node.folder / "archives" / wanted.digest
-        if not folder.is_dir():
-            archive.fetch(wanted.url, folder)
+        if folder.is_dir():
+            try:
+                return self._verified(folder, wanted)
+            except TorchrelayError as error:
+                # The disk's fault, or it has been signed anew since: what the server holds now decides.
+                say(f"{folder} is fetched again: {error.found}")
+        archive.fetch(wanted.url, folder)
+        return self._verified(folder, wanted)
+
+    def _verified(self, folder: Path, wanted: WantedVersion) -> Path:
+        """`folder`, if that is what was asked for and signed by whom this node trusts; else it is put aside."""
         try:
-            manifest = archive.verify(folder, self.node.trust, wanted.digest)
+            self._check(folder, wanted)
         except TorchrelayError:
-            # Kept aside for whoever looks into it, so that the next try fetches a fresh copy.
+            # Kept for whoever looks into it.
             shutil.rmtree(folder.with_suffix(".refused"), ignore_errors=True)
             folder.rename(folder.with_suffix(".refused"))
             raise
+        return folder
+
+    def _check(self, folder: Path, wanted: WantedVersion) -> None:
+        manifest = archive.verify(folder, self.node.trust, wanted.digest)
         found = (manifest.component, manifest.version, manifest.environment)
         if found != (wanted.component, wanted.version, wanted.environment):
             raise ServingError(
@@ -206,7 +219,6 @@ class _Apply:
                 f"{wanted.component} version {wanted.version} for environment {wanted.environment}",
                 "make deploy-dev",
             )
-        return folder
 
     def _engine(self, wanted: WantedVersion) -> Engine:
         """The engine instance of the version's environment and settings, running and ready."""
