@@ -23,7 +23,7 @@ doctor: .venv/run.stamp ## Look for what would make a later step fail, with a re
 
 ##@ Development perimeter
 .PHONY: deploy-dev plan status up down clean
-deploy-dev: .venv/run.stamp ## From the dataset to a served prediction [COMPONENT=fashion_mnist]
+deploy-dev: .venv/run.stamp ## From the dataset to a served prediction [COMPONENT=…]
 	$(RELAY) deploy-dev $(COMPONENT_FLAG)
 
 plan: .venv/run.stamp ## Say what deploy-dev would run and change; touches nothing [COMPONENT=…]
@@ -46,8 +46,8 @@ clean: .venv/run.stamp ## Stop everything and remove what was made here [CONFIRM
 new-component: .venv/run.stamp ## Lay out components/NAME, which passes its tests at once [NAME=…]
 	$(RELAY) new-component $(if $(NAME),--name '$(NAME)')
 
-environment: .venv/run.stamp ## Build the environment that a component trains and serves in [COMPONENT=fashion_mnist]
-	$(RELAY) build-environment --component '$(or $(COMPONENT),fashion_mnist)' --log logs/build_environment.log
+environment: .venv/run.stamp ## Build the environment that a component trains and serves in [COMPONENT=…]
+	$(RELAY) build-environment $(COMPONENT_FLAG) --log logs/build_environment.log
 
 ##@ Work on Torchrelay itself
 .PHONY: test check lock schema bench

@@ -11,7 +11,7 @@ from torchrelay.config import component_names, settings
 shell.prefix(f'export PATH="{Path(sys.executable).parent}:$PATH"; ')
 
 STATE = str(settings().state)
-COMPONENT = config.get("component", "fashion_mnist")
+COMPONENT = config.get("component", settings().component)
 
 
 wildcard_constraints:

@@ -95,6 +95,7 @@ class Component(Frozen):
 class Settings(Frozen):
     """`config/defaults.yaml` under `config/local.yaml` under the environment."""
 
+    component: Name = Field("fashion_mnist", description="The component that a verb means when none is named.")
     state: Path = Field(Path(".torchrelay"), description="Folder for everything that runs or is written.")
     keys: Path = Field(
         Path("~/.config/torchrelay/keys"), description="Folder of the private signing keys, outside the checkout."
@@ -221,7 +222,7 @@ def settings() -> Settings:
     merged = read_yaml(folder / "defaults.yaml")
     if overlay.is_file() or "TORCHRELAY_CONFIG" in os.environ:
         merged = merge(merged, read_yaml(overlay))
-    for key in ("state", "keys", "port_base", "inventory", "variant"):
+    for key in ("component", "state", "keys", "port_base", "inventory", "variant"):
         if value := os.environ.get(f"TORCHRELAY_{key.upper()}"):
             merged[key] = value
     found = validated(Settings, merged, overlay if overlay.is_file() else folder / "defaults.yaml")

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 from torchrelay.errors import TorchrelayError
 
@@ -62,13 +63,26 @@ def show_error(error: TorchrelayError) -> None:
         say(f"  log:      {_Log.path}")
 
 
+class _Legs:
+    """The legs that ended well in this process, in their order, with their seconds."""
+
+    done: ClassVar[list[tuple[str, float]]] = []
+
+
+def legs_done() -> list[tuple[str, float]]:
+    """Name and seconds of every leg that ended well in this process."""
+    return list(_Legs.done)
+
+
 @contextmanager
 def leg(name: str, subject: str = "") -> Iterator[None]:
     """Name a leg when it starts, and say how long it took when it has ended well."""
     began = time.monotonic()
     say(f"{paint('▶', 'cyan')} {paint(name, 'bold')} {subject}".rstrip())
     yield
-    say(f"{paint('✓', 'green')} {name} {paint(f'{time.monotonic() - began:.1f} s', 'dim')}")
+    seconds = time.monotonic() - began
+    _Legs.done.append((name, seconds))
+    say(f"{paint('✓', 'green')} {name} {paint(f'{seconds:.1f} s', 'dim')}")
 
 
 def _nothing(_line: str) -> bool:

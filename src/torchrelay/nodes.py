@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from torchrelay import __version__
 from torchrelay.config import Json, NodeConfig, Site, read_json, read_yaml, root, settings, site, write_file
-from torchrelay.console import say
+from torchrelay.console import leg, say
 from torchrelay.errors import BusyError, ServingError
 from torchrelay.playbook import run_playbook
 
@@ -159,7 +159,8 @@ def _configure(log: Path) -> bool:
     _ensure_keys()
     write_file(_variables_file(), (json.dumps(_variables(), indent=2) + "\n").encode())
     read = fingerprint()
-    run_playbook("configure-nodes", _variables_file(), log)
+    with leg("configure_nodes", f"(log: {log})"):
+        run_playbook("configure-nodes", _variables_file(), log)
     stamp = {"read": read, "wrote": _digests(_written())}
     write_file(_stamp(), (json.dumps(stamp, indent=2) + "\n").encode())
     return True

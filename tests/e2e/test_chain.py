@@ -113,11 +113,28 @@ def _serving(checkout: Checkout) -> str:
     return found
 
 
+def _tags(checkout: Checkout, version: str) -> dict[str, str]:
+    found = next(one for one in _versions(checkout) if str(one["version"]) == version)
+    return {tag["key"].removeprefix("torchrelay."): tag["value"] for tag in found["tags"]}
+
+
+def _left(checkout: Checkout, file: str) -> dict[str, Any]:
+    """A hand-over file of the component."""
+    found: dict[str, Any] = json.loads((checkout.folder / "results" / COMPONENT / file).read_text())
+    return found
+
+
 def test_lineage_is_complete_on_the_model_version(deployed: Checkout) -> None:
-    served = next(version for version in _versions(deployed) if str(version["version"]) == _serving(deployed))
-    tags = {tag["key"]: tag["value"] for tag in served["tags"]}
-    for key in ("git.commit", "git.dirty", "data.hash", "environment", "archive.digest", "verdict", "parameters"):
-        assert any(name.startswith("torchrelay.") and name.endswith(key) for name in tags), (key, sorted(tags))
+    tags = _tags(deployed, _serving(deployed))
+    run, git = _left(deployed, "train/run.json"), _left(deployed, "train/git.json")
+    assert tags["run"] == run["run_id"]
+    assert json.loads(tags["parameters"]) == run["parameters"]
+    assert (tags["git.commit"], tags["git.tree"]) == (git["commit"], git["tree"])
+    assert tags["git.dirty"] == str(git["dirty"]).lower()
+    assert tags["data.hash"] == _left(deployed, "data.json")["hash"]
+    assert tags["archive.digest"] == tags["archive.proof"] == _left(deployed, "archive.json")["digest"]
+    assert tags["environment"] == _left(deployed, "archive.json")["environment"]
+    assert tags["verdict"] == "pass"
 
 
 def test_with_nothing_changed_nothing_is_trained_and_it_says_so(deployed: Checkout) -> None:
@@ -219,7 +236,126 @@ def test_a_changed_parameter_redeploys_without_losing_a_request(deployed: Checko
         deployed.ok("deploy-dev", "--component", COMPONENT)
     assert len(statuses) > 100
     assert set(statuses) == {200}
-    assert int(_post(deployed, body).headers["x-model-version"]) > int(before)
+    after = _serving(deployed)
+    assert _post(deployed, body).headers["x-model-version"] == after
+    assert int(after) > int(before)
+    tags = _tags(deployed, after)
+    assert (tags["parent.version"], tags["parent.run"]) == (before, _tags(deployed, before)["run"])
+
+
+def test_a_changed_policy_judges_anew_and_keeps_what_the_version_came_from(deployed: Checkout) -> None:
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    before = _tags(deployed, _serving(deployed))
+    overlay = yaml.safe_load((deployed.folder / "config" / "local.yaml").read_text())
+    overlay["components"][COMPONENT]["metric"]["floor"] = 0.31
+    (deployed.folder / "config" / "local.yaml").write_text(yaml.safe_dump(overlay))
+    (deployed.folder / "a_file_of_later").touch()
+    done = deployed.ok("deploy-dev", "--component", COMPONENT)
+    assert "gate_model" in done.stderr
+    assert "train_model" not in done.stderr
+    assert _left(deployed, "gate/verdict.json")["floor"] == 0.31
+    assert _tags(deployed, _serving(deployed)) == before
+
+
+def test_a_version_that_was_deleted_in_the_registry_is_registered_and_served_again(deployed: Checkout) -> None:
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    deleted = _serving(deployed)
+    url = f"{deployed.tracking}/api/2.0/mlflow/model-versions/delete"
+    assert urllib3.request("DELETE", url, json={"name": COMPONENT, "version": deleted}).status == 200
+    assert "its version was deleted" in deployed.ok("plan", "--component", COMPONENT).stdout
+    done = deployed.ok("deploy-dev", "--component", COMPONENT)
+    assert "train_model" not in done.stderr
+    again = _serving(deployed)
+    assert int(again) > int(deleted)
+    assert _post(deployed, _one(deployed)).headers["x-model-version"] == again
+
+
+def test_a_run_that_was_deleted_in_the_registry_is_trained_again(deployed: Checkout) -> None:
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    run = _left(deployed, "train/run.json")["run_id"]
+    url = f"{deployed.tracking}/api/2.0/mlflow/runs/delete"
+    assert urllib3.request("POST", url, json={"run_id": run}).status == 200
+    done = deployed.ok("deploy-dev", "--component", COMPONENT)
+    assert "train_model" in done.stderr
+    assert _left(deployed, "train/run.json")["run_id"] != run
+    assert _post(deployed, _one(deployed)).headers["x-model-version"] == _serving(deployed)
+
+
+def test_a_lost_signing_key_is_replaced_and_the_version_signed_anew(deployed: Checkout) -> None:
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    before = _left(deployed, "archive.json")
+    shutil.rmtree(Path(deployed.environment["TORCHRELAY_KEYS"]) / "dev")
+    done = deployed.ok("deploy-dev", "--component", COMPONENT)
+    assert "train_model" not in done.stderr
+    assert _left(deployed, "archive.json") == before
+    deployed.ok("down")
+    deployed.ok("up")
+    assert _post(deployed, _one(deployed)).headers["x-archive-digest"] == before["digest"]
+
+
+def test_a_training_that_fails_leaves_what_serves_and_names_its_log(deployed: Checkout) -> None:
+    body = _one(deployed)
+    serving, count = _serving(deployed), len(_versions(deployed))
+    source = deployed.folder / "components" / COMPONENT / "model.py"
+    text = source.read_text()
+    source.write_text(text + "\nraise RuntimeError('a mistake')\n")
+    try:
+        done = deployed.run("deploy-dev", "--component", COMPONENT)
+    finally:
+        source.write_text(text)
+    assert done.returncode != 0
+    assert "logs/train_model/fashion_mnist.log" in done.stderr
+    assert "next:" in done.stderr
+    assert (_serving(deployed), len(_versions(deployed))) == (serving, count)
+    assert _post(deployed, body).headers["x-model-version"] == serving
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+
+
+def test_bad_data_stop_the_chain_before_any_training(deployed: Checkout, tmp_path: Path) -> None:
+    serving = _serving(deployed)
+    params = deployed.folder / "components" / COMPONENT / "params.yaml"
+    text = params.read_text()
+    params.write_text(yaml.safe_dump({**yaml.safe_load(text), "source": str(tmp_path)}))
+    try:
+        done = deployed.run("deploy-dev", "--component", COMPONENT)
+    finally:
+        params.write_text(text)
+    assert done.returncode != 0
+    assert "train_model" not in done.stderr
+    assert "next:" in done.stderr
+    assert _post(deployed, _one(deployed)).headers["x-model-version"] == serving
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+
+
+def _stored(checkout: Checkout, digest: str) -> Path:
+    """The archive with this digest as the tracking server keeps it."""
+    [found] = (checkout.state / "tracking" / "artifacts").glob(f"**/archive/{digest}/model.mar")
+    return found
+
+
+def test_a_live_version_that_cannot_be_judged_anew_is_a_verdict_with_a_way_out(deployed: Checkout) -> None:
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    live = _left(deployed, "archive.json")
+    _stored(deployed, live["digest"]).write_bytes(b"not an archive")
+    params = deployed.folder / "components" / COMPONENT / "params.yaml"
+    content = yaml.safe_load(params.read_text())
+    params.write_text(yaml.safe_dump({**content, "limit": content["limit"] + 50}))
+    done = deployed.run("deploy-dev", "--component", COMPONENT)
+    assert done.returncode != 0
+    verdict = _left(deployed, "gate/verdict.json")
+    assert verdict["verdict"] == "refuse"
+    assert "allowed_regression: null" in verdict["reasons"][0]
+    assert _post(deployed, _one(deployed)).headers["x-model-version"] == live["version"]
+    local = deployed.folder / "config" / "local.yaml"
+    before = local.read_text()
+    overlay = yaml.safe_load(before)
+    overlay["components"][COMPONENT]["metric"]["allowed_regression"] = None
+    try:
+        local.write_text(yaml.safe_dump(overlay))
+        deployed.ok("deploy-dev", "--component", COMPONENT)
+    finally:
+        local.write_text(before)
+    assert int(_serving(deployed)) > int(live["version"])
 
 
 def test_changed_serving_settings_start_a_new_engine_without_a_training_or_a_lost_request(deployed: Checkout) -> None:
@@ -339,14 +475,16 @@ def test_a_taken_port_is_reported_by_name(tmp_path: Path, deployed: Checkout) ->
 
 @pytest.fixture
 def browser(tmp_path: Path) -> Iterator[Any]:
-    """A headless Chromium with an empty profile; what it lacks is named in the skip."""
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs chromium and chromedriver on PATH: apt-get install chromium chromium-driver")
+    """A headless Chromium, or Chrome, with an empty profile; what it lacks is named in the skip."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not (program and shutil.which("chromedriver")):
+        give_up = pytest.fail if "TORCHRELAY_NEED_BROWSER" in os.environ else pytest.skip
+        give_up("needs chromium and chromedriver on PATH: apt-get install chromium chromium-driver")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium") or ""
+    options.binary_location = program
     words = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
     for word in (*words, "disable-component-update", "disable-sync", f"user-data-dir={tmp_path}"):
         options.add_argument(f"--{word}")

@@ -1,4 +1,4 @@
-"""kill -9 between any two effects of register, package, prove and deploy: a rerun ends with one version per run, live.
+"""kill -9 between any two effects of gate, register, package, prove and deploy: a rerun ends with one version a run.
 
 The registry and the node are simulated so that every boundary can be tried; the legs, the plan and converge are real.
 """
@@ -21,6 +21,7 @@ from torchrelay.handover import (
     DataVersion,
     Desired,
     Environment,
+    Evaluation,
     Manifest,
     NodeReport,
     Proof,
@@ -29,7 +30,7 @@ from torchrelay.handover import (
     TrainedRun,
     Verdict,
 )
-from torchrelay.legs import deploy, register
+from torchrelay.legs import deploy, judge, register
 from torchrelay.tracking import ModelVersion
 
 
@@ -117,6 +118,12 @@ class Registry:
 
         self.effect(copy)
 
+    def download_artifact(self, run_id: str, path: str) -> bytes:
+        return (self.folder / run_id / path).read_bytes()
+
+    def run_url(self, experiment_id: str, run_id: str) -> str:
+        return f"http://x/#/experiments/{experiment_id}/runs/{run_id}"
+
 
 PERIMETER = Perimeter(alias="dev", gateway="http://x", nodes=(Node(name="dev-1", folder=Path("/nowhere")),))
 SITE = Site(supervisor=Path("s"), tracking=TrackingServer(url="http://x"), perimeters={"dev": PERIMETER})
@@ -173,13 +180,14 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
         (components, "environment"): lambda name: ENVIRONMENT,
         (components, "folder"): lambda name: tiny.COMPONENT,
         (register, "component"): lambda name: described,
+        (judge, "component"): lambda name: described,
         (ledger, "record"): record,
         (ledger, "flush_outbox"): lambda tracking, outbox: {},
         (converge, "_apply_on"): apply_on,
     }
-    for module in (register, deploy, converge):
+    for module in (judge, register, deploy, converge):
         replaced[module, "Tracking"] = lambda url: made
-    for module in (register, deploy):
+    for module in (judge, register, deploy):
         replaced[module, "site"] = lambda: SITE
     for module in (register, converge):
         replaced[module, "settings"] = lambda: here
@@ -191,25 +199,20 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
     yield made
 
 
-def verdict(run: str, passed: bool = True) -> Verdict:
-    return Verdict(
-        component="tiny",
-        run_id=run,
-        verdict="pass" if passed else "refuse",
-        reasons=[] if passed else ["below the floor"],
-        metric="accuracy",
-        candidate=0.9,
-        floor=0.5,
-        test_set="t",
-    )
-
-
 def chain(folder: Path, run_id: str, passed: bool = True) -> None:
     """The legs after training, each skipped when its output is there: what Snakemake does."""
-    trained = train(folder / run_id / "train", run_id)
-    places = {name: folder / run_id / name for name in ("registration.json", "archive.json", "proof.json", "dev.json")}
+    files = ("gate/verdict.json", "registration.json", "archive.json", "proof.json", "dev.json")
+    places = {name: folder / run_id / name for name in files}
+    trained = folder / run_id / "train"
+    if not trained.exists():
+        aside = train(folder / run_id / "aside", run_id, right=9 if passed else 4)
+        judge.Tracking("").upload_artifact(run_id, "torchrelay/evaluation.json", aside / "evaluation.json")
+        aside.rename(trained)
+    if not places["gate/verdict.json"].exists():
+        judge.gate_model("tiny", trained, folder / "test.npz", places["gate/verdict.json"].parent)
     if not places["registration.json"].exists():
-        register.register_model("tiny", trained, verdict(run_id, passed), DATA, places["registration.json"])
+        verdict = read_json(Verdict, places["gate/verdict.json"], "x")
+        register.register_model("tiny", trained, verdict, DATA, places["registration.json"])
     registration = read_json(Registration, places["registration.json"], "x")
     packed = folder / run_id / "archive"
     if not places["archive.json"].exists():
@@ -221,12 +224,20 @@ def chain(folder: Path, run_id: str, passed: bool = True) -> None:
         deploy.deploy_model("tiny", record, "dev", places["dev.json"])
 
 
-def train(folder: Path, run_id: str, git: lineage.GitState = GIT) -> Path:
-    """What the leg `train_model` leaves."""
-    run = TrainedRun(run_id=run_id, experiment_id="1", model_uri="models:/m-1", metrics={}, parameters={}, device="cpu")
+def train(folder: Path, run_id: str, git: lineage.GitState = GIT, right: int = 9) -> Path:
+    """What the leg `train_model` leaves: a model that is right `right` times of 10."""
     tiny.train(folder)
-    write_json(folder / "run.json", run)
-    write_json(folder / "git.json", git)
+    evaluation = Evaluation(test_set="t", scores=[1.0] * right + [0.0] * (10 - right))
+    run = TrainedRun(
+        run_id=run_id,
+        experiment_id="1",
+        model_uri="models:/m-1",
+        metrics={"accuracy": right / 10},
+        parameters={},
+        device="cpu",
+    )
+    for name, content in (("evaluation.json", evaluation), ("git.json", git), ("run.json", run)):
+        write_json(folder / name, content)
     return folder
 
 
@@ -305,7 +316,8 @@ def test_judging_a_live_version_anew_changes_its_verdict_but_not_what_it_came_fr
     before = dict(registry.versions_made[1].tags)
     later = lineage.GitState(commit="later", dirty=True, tree="later")
     trained = train(tmp_path / "two" / "train", "two", later)
-    judged = verdict("two").model_copy(update={"live_version": "2", "candidate": 0.8})
+    judged = read_json(Verdict, tmp_path / "two" / "gate" / "verdict.json", "x")
+    judged = judged.model_copy(update={"live_version": "2", "candidate": 0.8})
     register.register_model("tiny", trained, judged, DATA, tmp_path / "again.json")
     after = registry.versions_made[1].tags
     assert {name for name in after if after[name] != before[name]} == {lineage.TAG_SCORE}
@@ -329,8 +341,7 @@ def test_an_archive_that_cannot_be_packed_as_it_was_is_not_signed_for_its_versio
     chain(tmp_path, "one")
     (tmp_path / "one" / "archive.json").unlink()
     _trust_only(monkeypatch, "signed with the new key")
-    original = tiny.train
-    monkeypatch.setattr(tiny, "train", lambda folder: original(folder, tolerance=0.5))
+    tiny.train(tmp_path / "one" / "train", tolerance=0.5)
     with pytest.raises(ArchiveError, match="packed again it has the digest"):
         chain(tmp_path, "one")
     assert not (tmp_path / "one" / "archive.json").exists()

@@ -27,7 +27,7 @@ _VERBS = {
     "gate-model": "legs",
     "new-component": "site",
     "package-archive": "legs",
-    "plan": "deploy",
+    "plan": "plan",
     "predict": "serve",
     "prove-archive": "legs",
     "register-model": "legs",

@@ -1,9 +1,8 @@
-"""`deploy-dev` and `plan`: the main job from the terminal's point of view."""
+"""`deploy-dev`: the main job from the terminal's point of view."""
 
 import fcntl
 import os
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -14,20 +13,18 @@ from typing import Any
 import click
 
 from torchrelay.config import component as component_settings
-from torchrelay.config import component_names, read_json, root, settings, site
-from torchrelay.console import coloured, leg, paint, result, run_logged, say
-from torchrelay.errors import BusyError, ServingError, TorchrelayError
-from torchrelay.handover import ArchiveRecord, Verdict
+from torchrelay.config import read_json, root, settings, site
+from torchrelay.console import coloured, leg, legs_done, paint, result, run_logged, say
+from torchrelay.errors import BusyError, ServingError
+from torchrelay.handover import ArchiveRecord, NodeReport, Verdict
 from torchrelay.legs.places import results
-
-_component = click.option("--component", help="Name of a folder under components/; default: the first one.")
 
 
 @click.command()
-@_component
+@click.option("--component", help="Name of a folder under components/; default: the setting `component`.")
 def deploy_dev(component: str | None) -> None:
     """From the dataset to a served prediction in the dev perimeter; runs only what has to run."""
-    name = _name(component)
+    name = component or settings().component
     component_settings(name)
     with _chain_lock() as lock:
         _deploy_dev(name, lock)
@@ -44,30 +41,7 @@ def _deploy_dev(name: str, lock: int) -> None:
     nodes.start()
     _forget_lost(name)
     ran = _run_chain(name, lock)
-    _check_perimeter(name)
-    _summary(name, began, ran)
-
-
-@click.command()
-@_component
-def plan(component: str | None) -> None:
-    """Show what a deploy-dev would run and change; touches nothing."""
-    from torchrelay import components, data
-
-    name = _name(component)
-    component_settings(name)
-    built = components.environment_file(components.environment_name(name)).is_file()
-    current = built and data.up_to_date(name)
-    result(f"environment  {'in place' if built else 'would be built'}")
-    result(f"data         {'in place' if current else 'extract, validate, prepare would run where they changed'}")
-    result(f"chain        {_planned_rules(name) if current else 'every leg that depends on the data'}")
-    result(f"serving      {_planned_serving(name)}")
-
-
-def _name(component: str | None) -> str:
-    if component:
-        return component
-    return "fashion_mnist" if "fashion_mnist" in component_names() else component_names()[0]
+    _summary(name, began, ran, _check_perimeter(name))
 
 
 def _environment_and_data(name: str) -> None:
@@ -88,12 +62,15 @@ def _forget_lost(name: str) -> None:
     """What was deleted from the registry is made again by the legs whose outputs are gone."""
     from torchrelay.legs.register import lost
 
-    for file in lost(name):
-        say(f"  {file.relative_to(root())} speaks of what the registry has no more: that leg runs again")
-        file.unlink(missing_ok=True)
+    files = lost(name)
+    if files:
+        say(f"  the registry has no more what {files[0].relative_to(root())} tells of: that leg and the next run again")
+    for file in reversed(files):  # the last one first: killed in between, the first is still found lost
+        file.unlink()
 
 
-def _snakemake(name: str, *words: str) -> list[str]:
+def snakemake_command(name: str, *words: str) -> list[str]:
+    """How the chain of a component is run, or asked about."""
     profile = "ci" if os.environ.get("CI") else "default"
     command = [sys.executable, "-m", "snakemake", "deploy_dev", "--profile", f"profiles/{profile}", *words]
     return [*command, "--config", f"component={name}"]
@@ -105,9 +82,9 @@ def _run_chain(name: str, lock: int) -> bool:
     before = stamp.stat().st_mtime_ns if stamp.exists() else 0
     log = root() / "logs" / "deploy_dev" / f"{name}.log"
     log.unlink(missing_ok=True)
-    command = _snakemake(name, "--quiet", "progress", "rules", "host", "reason")
+    command = snakemake_command(name, "--quiet", "progress", "rules", "host", "reason")
     status = run_logged(
-        command, log, show=_of_the_legs, environment=_snakemake_environment(), folder=root(), keep_open=(lock,)
+        command, log, show=_of_the_legs, environment=snakemake_environment(), folder=root(), keep_open=(lock,)
     )
     if status:
         text = log.read_text(encoding="utf-8")
@@ -154,12 +131,13 @@ def _of_the_legs(line: str) -> bool:
     return re.match(r"(\x1b\[\d+m)?[▶✓✗]|  \S", line) is not None
 
 
-def _snakemake_environment() -> dict[str, str]:
+def snakemake_environment() -> dict[str, str]:
+    """The environment of that command."""
     colour = {"FORCE_COLOR": "1"} if coloured() else {}
     return {**os.environ, **colour, "XDG_CACHE_HOME": str(settings().state / "cache"), "PYTHONUNBUFFERED": "1"}
 
 
-def _check_perimeter(name: str) -> None:
+def _check_perimeter(name: str) -> list[NodeReport]:
     """Ask for what this checkout built, and see that it is what the perimeter serves; mend it where it is not."""
     from torchrelay.delivery.converge import converge, refused
     from torchrelay.legs.deploy import request
@@ -174,9 +152,10 @@ def _check_perimeter(name: str) -> None:
             raise error
         for changed in outcome.changed:
             say(f"  {changed} was mended")
+    return outcome.reports
 
 
-def _summary(name: str, began: float, ran: bool) -> None:
+def _summary(name: str, began: float, ran: bool, reports: list[NodeReport]) -> None:
     """A real prediction through the gateway, what runs where, the figures and the next commands."""
     from torchrelay.serving.client import first_golden, send
 
@@ -187,8 +166,13 @@ def _summary(name: str, began: float, ran: bool) -> None:
         raise ServingError(f"{gateway} answered {answer.status}: {answer.body}", "200", "make status")
     verdict = read_json(Verdict, results(name) / "gate" / "verdict.json", "make deploy-dev")
     say("")
-    _times(name, ran)
+    if ran:
+        _times(name, began)
     result(f"{paint('dev', 'bold')} serves {name} version {answer.headers.get('x-model-version')}")
+    for report in reports:
+        for one in report.served:
+            health = paint("healthy", "green") if one.healthy else paint("NOT HEALTHY", "red")
+            result(f"  node {report.node:<7} runs {one.component} version {one.version}, {health}")
     result(f"  {verdict.metric:<12} {verdict.candidate or 0:.4f} (floor {verdict.floor})")
     result(f"  prediction   {_short(answer.body)}")
     result(f"  request id   {answer.headers.get('x-request-id')}")
@@ -199,13 +183,17 @@ def _summary(name: str, began: float, ran: bool) -> None:
     result("next: make status · make plan · make down")
 
 
-def _times(name: str, ran: bool) -> None:
-    """The seconds that each leg took, from Snakemake's own benchmarks."""
-    if not ran:
-        return
-    for file in sorted((root() / "benchmarks").glob(f"*/{name}.tsv"), key=lambda path: path.stat().st_mtime):
-        seconds = float(file.read_text().splitlines()[1].split("\t")[0])
-        say(f"  {file.parent.name:<18} {seconds:7.1f} s")
+def _times(name: str, began: float) -> None:
+    """The seconds of the legs of this run: those of the chain are in Snakemake's benchmarks."""
+    files = sorted((root() / "benchmarks").glob(f"*/{name}.tsv"), key=lambda path: path.stat().st_mtime)
+    chain = [
+        (file.parent.name, float(file.read_text().splitlines()[1].split("\t")[0]))
+        for file in files
+        if file.stat().st_mtime >= began
+    ]
+    *before, last = legs_done()
+    for title, seconds in (*before, *chain, last):
+        say(f"  {title:<18} {seconds:7.1f} s")
 
 
 def _short(body: Any) -> str:
@@ -213,37 +201,3 @@ def _short(body: Any) -> str:
     if isinstance(prediction, dict):
         return ", ".join(f"{key} {value}" for key, value in prediction.items() if not isinstance(value, list))
     return str(prediction)
-
-
-def _planned_rules(name: str) -> str:
-    """The rules that a dry run of Snakemake names."""
-    done = subprocess.run(
-        _snakemake(name, "--dry-run", "--quiet", "host"),
-        cwd=root(),
-        env=_snakemake_environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        raise TorchrelayError(done.stderr.strip()[-2000:], "a DAG that Snakemake can read", "edit what is named above")
-    rules = [
-        line.split()[1].rstrip(":") for line in done.stdout.splitlines() if line.startswith(("rule ", "localrule "))
-    ]
-    rules = [rule for rule in dict.fromkeys(rules) if rule != "deploy_dev"]
-    return ", ".join(rules) if rules else "nothing to do"
-
-
-def _planned_serving(name: str) -> str:
-    from torchrelay.cli.status import survey
-
-    if not (settings().state / "site.json").is_file():
-        return "the site would be configured and started"
-    state = survey(site())
-    if not state["tracking"]["healthy"]:
-        return "the site would be started"
-    found = state["perimeters"]["dev"]["components"].get(name)
-    if found is None:
-        return "a first version would be deployed"
-    running = ", ".join(f"{node['name']} runs version {node['version']}" for node in found["nodes"])
-    return f"version {found['wanted']} is wanted; {running}" + ("" if found["converged"] else "; would be mended")

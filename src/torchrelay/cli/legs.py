@@ -62,14 +62,16 @@ def describe_data(component: str, output: Path) -> None:
 
 
 @click.command()
-@_component
+@click.option("--component", help="Name of a folder under components/; default: the setting `component`.")
 @_log_of_child
-def build_environment(component: str, log: Path) -> None:
+def build_environment(component: str | None, log: Path) -> None:
     """Build the environment that a component trains and serves in, named by the hash of its lock."""
     from torchrelay import components
+    from torchrelay.config import settings
 
-    with leg("build_environment", components.environment_name(component)):
-        components.build_environment(component, log)
+    name = component or settings().component
+    with leg("build_environment", components.environment_name(name)):
+        components.build_environment(name, log)
 
 
 @click.command()

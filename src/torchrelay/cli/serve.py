@@ -50,7 +50,8 @@ def _desired(source: str | None) -> Any:
 
 @click.command()
 @click.option("--perimeter", default="dev", show_default=True, help="Name of a perimeter of this site.")
-def converge(perimeter: str) -> None:
+@click.option("--json", "as_json", is_flag=True, help="Print what each node serves, and what was refused, as JSON.")
+def converge(perimeter: str, as_json: bool) -> None:
     """Bring a perimeter to what the registry asks for; harmless when it is there already."""
     from torchrelay.delivery.converge import converge as close
     from torchrelay.delivery.converge import refusal_error
@@ -59,6 +60,10 @@ def converge(perimeter: str) -> None:
         outcome = close(site(), perimeter, why="torchrelay converge")
         for name in outcome.changed:
             say(f"  {name} was brought to what the registry asks for")
+    if as_json:
+        refusals = {one.component: one.refusal for one in outcome.decisions if one.refusal}
+        nodes = [report.model_dump() for report in outcome.reports]
+        result(json.dumps({"perimeter": perimeter, "nodes": nodes, "refused": refusals}, indent=2))
     for decision in outcome.decisions:
         if decision.refused and decision.refusal:
             raise refusal_error(decision.refused, decision.refusal)
@@ -67,7 +72,11 @@ def converge(perimeter: str) -> None:
 @click.command()
 @click.option("--component", required=True, help="Name of a deployed component.")
 @click.option("--perimeter", default="dev", show_default=True)
-@click.option("--file", type=click.Path(path_type=Path), help="JSON, PNG or JPEG; default: a golden input.")
+@click.option(
+    "--file",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="JSON, PNG or JPEG; default: a golden input.",
+)
 def predict(component: str, perimeter: str, file: Path | None) -> None:
     """Send one request through a perimeter's gateway and print the answer with its headers."""
     from torchrelay.serving.client import first_golden, send

@@ -3,27 +3,46 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import click
 
 from torchrelay.config import Component, Settings, root, settings, site, write_file
 from torchrelay.console import leg, paint, result, say
-from torchrelay.errors import ConfigError
+from torchrelay.errors import ConfigError, TorchrelayError
 
 
 @click.command()
 def up() -> None:
     """Start everything of this site and bring its nodes to what they were last asked to serve."""
     from torchrelay import nodes
-    from torchrelay.serving import apply
 
     with leg("up", str(settings().state)):
         nodes.configure(settings().state / "logs" / "configure.log")
+        nodes.start(wait=False)
+        folders = [node.folder for perimeter in site().perimeters.values() for node in perimeter.nodes]
+        # What lies on a node serves without the tracking server, which takes seconds to come up.
+        missed = [folder for folder in folders if not _serves(folder)]
         nodes.start()
-        for perimeter in site().perimeters.values():
-            for node in perimeter.nodes:
-                apply.apply(apply.node_config(node.folder))
+        for folder in missed:
+            _apply_to(folder)
     say("  next: make status")
+
+
+def _apply_to(folder: Path) -> None:
+    """Bring the node in this folder to what it was last asked to serve."""
+    from torchrelay.serving import apply
+
+    apply.apply(apply.node_config(folder))
+
+
+def _serves(folder: Path) -> bool:
+    try:
+        _apply_to(folder)
+    except TorchrelayError as error:
+        say(f"  not yet: {error.found}")
+        return False
+    return True
 
 
 @click.command()
@@ -62,6 +81,7 @@ def clean(confirm: str) -> None:
 
     doomed = [settings().state, *(root() / name for name in ("results", "data", "logs", "benchmarks", ".snakemake"))]
     doomed = [path for path in doomed if path.exists()]
+    _insist_on_a_state_folder(settings().state)
     if confirm != "yes":
         raise ConfigError(
             f"this would delete {', '.join(str(path) for path in doomed) or 'nothing'}: registry, runs and all",
@@ -72,6 +92,17 @@ def clean(confirm: str) -> None:
     for path in doomed:
         say(f"  deleting {path}")
         shutil.rmtree(path)
+
+
+def _insist_on_a_state_folder(folder: Path) -> None:
+    """A folder that a setting names by mistake is not for us to delete."""
+    ours = ("site.json", "site.lock", "chain.lock", "configured.json")
+    if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in ours):
+        raise ConfigError(
+            f"{folder}, which the setting `state` names, holds nothing of a site",
+            f"a folder with {', '.join(ours[:-1])} or {ours[-1]}",
+            "set `state` in config/local.yaml (TORCHRELAY_STATE) to the site's own folder",
+        )
 
 
 @click.command()

@@ -1,6 +1,7 @@
 """Gate: judge the candidate against the floor and against what is live, on the same frozen test set."""
 
 import hashlib
+from contextlib import suppress
 from pathlib import Path
 
 from torchrelay import archive, components, gate
@@ -61,12 +62,20 @@ def _evaluation_of(tracking: Tracking, live: ModelVersion, test_set: Path, candi
 
 def _evaluate_archive(live: ModelVersion, test_set: Path) -> Evaluation:
     """Run the very archive that is live over the new test set, in its own environment."""
-    folder = settings().state / "archives" / live.tags[TAG_DIGEST]
-    if not folder.is_dir():
-        archive.fetch(live.tags[TAG_ARCHIVE_URL], folder)
-    archive.verify(folder, settings().keys / "dev" / "signing.pub", live.tags[TAG_DIGEST])
-    python = _python_of(live)
-    return archive.evaluate(folder / "model.mar", python, test_set, component(live.name).task)
+    mar = _verified(live) / "model.mar"
+    return archive.evaluate(mar, _python_of(live), test_set, component(live.name).task)
+
+
+def _verified(live: ModelVersion) -> Path:
+    """The live archive on this machine: as it lies here, or fetched where that is missing or damaged."""
+    folder, key = settings().state / "archives" / live.tags[TAG_DIGEST], settings().keys / "dev" / "signing.pub"
+    if folder.is_dir():
+        with suppress(ArchiveError):
+            archive.verify(folder, key, live.tags[TAG_DIGEST])
+            return folder
+    archive.fetch(live.tags[TAG_ARCHIVE_URL], folder)
+    archive.verify(folder, key, live.tags[TAG_DIGEST])
+    return folder
 
 
 def _python_of(live: ModelVersion) -> str:

@@ -22,6 +22,9 @@ from torchrelay.legs.places import results
 from torchrelay.lineage import GitState
 from torchrelay.tracking import Tracking
 
+# What the legs leave that follow the gate, in their order.
+_OF_A_VERSION = ("registration.json", "archive.json", "proof.json", "deploy/dev.json")
+
 
 def register_model(name: str, train: Path, verdict: Verdict, data: DataVersion, output: Path) -> Registration:
     """The model version of the run in `train`: found if it exists, made if not, with its verdict and lineage on it."""
@@ -54,16 +57,21 @@ def _parent_run(tracking: Tracking, name: str, verdict: Verdict) -> str | None:
 
 
 def lost(name: str) -> list[Path]:
-    """The hand-over files that speak of a version, or of a run, which somebody has deleted from the registry since."""
+    """The hand-over files that rest on a version, or on a run, which somebody has deleted from the registry since.
+
+    All down to the last leg's: Snakemake does not make a missing file anew for the sake of one that is there.
+    """
     file = results(name) / "registration.json"
     if not file.is_file():
         return []
     registered = read_json(Registration, file, f"rm {file}")
     tracking = Tracking(site().tracking.url)
     if not tracking.has_run(registered.run_id):
-        return [results(name) / "train" / "run.json", file]
-    found = tracking.version(name, registered.version)
-    return [] if found and found.run_id == registered.run_id else [file]
+        gone = ["train/run.json", "gate/verdict.json", *_OF_A_VERSION]
+    else:
+        found = tracking.version(name, registered.version)
+        gone = [] if found and found.run_id == registered.run_id else list(_OF_A_VERSION)
+    return [path for path in (results(name) / one for one in gone) if path.is_file()]
 
 
 def package_archive(name: str, registration: Registration, train: Path, folder: Path, record: Path) -> ArchiveRecord:

@@ -23,9 +23,7 @@ def train_model(name: str, data: DataVersion, prepared: Path, output: Path, log:
     The folder is written aside and renamed when training is complete: what lies there is whole.
     """
     found = component(name)
-    aside = output.absolute().with_name(f".{output.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    aside = _aside(output.absolute())
     write_json(aside / "git.json", git_state(root()))
     handed = {
         "data": prepared,
@@ -40,6 +38,15 @@ def train_model(name: str, data: DataVersion, prepared: Path, output: Path, log:
     shutil.rmtree(output, ignore_errors=True)
     aside.rename(output)
     return run
+
+
+def _aside(output: Path) -> Path:
+    """A folder that no other training knows: one that outlived its parent's kill must not write into the next one's."""
+    for left in output.parent.glob(f".{output.name}.*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+    aside = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    aside.mkdir(parents=True)
+    return aside
 
 
 def _command(name: str, parameters: Mapping[str, object]) -> list[str | Path]:

@@ -232,7 +232,11 @@ class _Apply:
         name = _instance_name(wanted)
         folder = self.node.folder / "engines" / name
         if (folder / "instance.json").is_file():
-            return read_json(Instance, folder / "instance.json", "make up")
+            kept = read_json(Instance, folder / "instance.json", "make up")
+            if self.supervisor.running(kept.name) or not any(map(port_taken, kept.ports)):
+                return kept
+            say(f"engine {kept.name} gets other ports: somebody else took one of {', '.join(map(str, kept.ports))}")
+            shutil.rmtree(folder)
         instance = Instance(
             name=f"{self.node.name}-{name}",
             folder=folder,
