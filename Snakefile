@@ -30,7 +30,20 @@ localrules:
     deploy_dev,
 
 
+# All that the legs leave, not only the last file: Snakemake does not make a missing one anew for the sake of a later
+# one that is there, and a leg that failed leaves none.
 rule deploy_dev:
     default_target: True
     input:
-        f"results/{COMPONENT}/deploy/dev.json",
+        expand(
+            [
+                *rules.describe_data.output,
+                *rules.train_model.output,
+                *rules.gate_model.output,
+                *rules.register_model.output,
+                *rules.package_archive.output,
+                *rules.prove_archive.output,
+                *rules.deploy_model.output,
+            ],
+            component=COMPONENT,
+        ),

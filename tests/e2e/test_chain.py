@@ -308,7 +308,7 @@ def test_a_training_that_fails_leaves_what_serves_and_names_its_log(deployed: Ch
     assert "next:" in done.stderr
     assert (_serving(deployed), len(_versions(deployed))) == (serving, count)
     assert _post(deployed, body).headers["x-model-version"] == serving
-    deployed.ok("deploy-dev", "--component", COMPONENT)
+    assert "train_model" in deployed.ok("deploy-dev", "--component", COMPONENT).stderr
 
 
 def test_bad_data_stop_the_chain_before_any_training(deployed: Checkout, tmp_path: Path) -> None:
@@ -437,18 +437,26 @@ def test_down_and_up_bring_back_what_was_served(deployed: Checkout) -> None:
     assert _post(deployed, _one(deployed)).headers["x-model-version"] == serving
 
 
-@pytest.mark.parametrize("rule", ["train_model", "register_model", "package_archive", "deploy_model"])
-def test_killed_in_the_middle_of_a_leg_the_same_command_resumes(deployed: Checkout, rule: str) -> None:
-    """kill -9 of the whole process group while the leg runs, then a rerun: one version per run, and it serves."""
-    seed = 110 + ["train_model", "register_model", "package_archive", "deploy_model"].index(rule)
-    body = _one(deployed)
-    _settings(deployed, floor=0.3, seed=seed)
-    child = deployed.popen("deploy-dev", "--component", COMPONENT, start_new_session=True)
+KILLED = ("train_model", "gate_model", "register_model", "package_archive", "prove_archive", "deploy_model")
+
+
+def _stopped_in(checkout: Checkout, rule: str) -> "subprocess.Popen[str]":
+    """A deploy-dev in a process group of its own, 0.3 s after the rule began."""
+    child = checkout.popen("deploy-dev", "--component", COMPONENT, start_new_session=True)
     assert child.stderr is not None
     for line in child.stderr:
         if f"▶ {rule}" in line:
             break
     time.sleep(0.3)
+    return child
+
+
+@pytest.mark.parametrize("rule", KILLED)
+def test_killed_in_the_middle_of_a_leg_the_same_command_resumes(deployed: Checkout, rule: str) -> None:
+    """kill -9 of the whole process group while the leg runs, then a rerun: one version per run, and it serves."""
+    body = _one(deployed)
+    _settings(deployed, floor=0.3, seed=110 + KILLED.index(rule))
+    child = _stopped_in(deployed, rule)
     os.killpg(child.pid, signal.SIGKILL)
     child.communicate()
     assert _post(deployed, body).status == 200
@@ -456,6 +464,26 @@ def test_killed_in_the_middle_of_a_leg_the_same_command_resumes(deployed: Checko
     versions = _versions(deployed)
     assert len({version["run_id"] for version in versions}) == len(versions)
     assert _status(deployed)["perimeters"]["dev"]["components"][COMPONENT]["converged"] is True
+
+
+def test_a_training_that_outlives_its_leg_does_not_write_into_the_next_one(deployed: Checkout) -> None:
+    """kill -9 of the leg alone: what it started goes on by itself while the rerun trains."""
+    _settings(deployed, floor=0.3, seed=130)
+    child = _stopped_in(deployed, "train_model")
+    [leg] = [
+        process
+        for process in psutil.Process(child.pid).children(recursive=True)
+        if "train-model" in process.cmdline() and "torchrelay" in process.cmdline()
+    ]
+    orphans = leg.children(recursive=True)
+    leg.kill()
+    child.communicate()
+    assert child.returncode != 0
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    run = _left(deployed, "train/run.json")
+    assert _tags(deployed, _serving(deployed))["run"] == run["run_id"]
+    psutil.wait_procs(orphans, timeout=60)
+    assert _left(deployed, "train/run.json") == run
 
 
 def test_a_taken_port_is_reported_by_name(tmp_path: Path, deployed: Checkout) -> None:
