@@ -12,6 +12,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -80,34 +81,43 @@ def say(line: str) -> None:
 
 
 def extract(params: dict[str, Any], output: Path) -> None:
-    """Bring the four IDX files, unpacked, so that every source gives the same bytes.
+    """Bring the four IDX files, unpacked, so that every source gives the same bytes; `source.json` says which it was.
 
     A killed extract is resumed: files that are in place and have the published content are not brought again.
     """
     output.mkdir(parents=True, exist_ok=True)
     source = os.environ.get("TORCHRELAY_DATA") or str(params["source"])
     if source in ("auto", "url", "debian"):
-        bring_published(source, output)
+        used = bring_published(source, output)
     else:
-        bring_folder(Path(source).expanduser(), output)
+        used = bring_folder(Path(source).expanduser(), output)
     for stray in set(output.iterdir()) - {output / name for name in PUBLISHED}:
         stray.unlink()
+    if used:
+        keep_source(used, output)
 
 
-def bring_published(source: str, output: Path) -> None:
-    """Take the published files from the first source that gives them."""
+def keep_source(used: str, output: Path) -> None:
+    """Say beside the folder where the files in it came from, for training to tell MLflow.
+
+    Not inside: DVC's hash of the files must not depend on who gave them. The checksums tell whether it is still true.
+    """
+    content = {"source": used, "files": {name: digest(output / name) for name in PUBLISHED}}
+    keep("source.json", (json.dumps(content, indent=2) + "\n").encode(), output.parent)
+
+
+def bring_published(source: str, output: Path) -> str | None:
+    """Take the published files from the first source that gives them: its address, None if they were in place."""
     if all(is_published(output / name) for name in PUBLISHED):
         say("extract: all four files are in place")
-        return
+        return None
     reasons = []
     for way in ("url", "debian") if source == "auto" else (source,):
         try:
-            from_url(output) if way == "url" else from_debian(output)
+            return from_url(output) if way == "url" else from_debian(output)
         except (OSError, subprocess.SubprocessError, EOFError, ValueError) as error:
             reasons.append(f"{way}: {error}")
             say(f"extract: {way} did not work: {error}")
-        else:
-            return
     raise BadDataError(
         f"no source gave the Fashion-MNIST files ({'; '.join(reasons)})",
         THREE_WAYS,
@@ -135,8 +145,8 @@ def keep_published(name: str, content: bytes, output: Path) -> None:
     keep(name, content, output)
 
 
-def from_url(output: Path) -> None:
-    """Download what is missing from the authors and check their MD5s."""
+def from_url(output: Path) -> str:
+    """Download what is missing from the authors and check their MD5s; returns their address."""
     for name, (md5, _) in PUBLISHED.items():
         if is_published(output / name):
             continue
@@ -145,6 +155,7 @@ def from_url(output: Path) -> None:
         if found != md5:
             raise ValueError(f"{name}.gz has MD5 {found}, its authors name {md5}")
         keep_published(name, gzip.decompress(packed), output)
+    return URL
 
 
 def download(url: str) -> bytes:
@@ -167,18 +178,15 @@ def download(url: str) -> bytes:
     return bytes(content)
 
 
-def from_debian(output: Path) -> None:
-    """Download Debian's package as a plain user and unpack it in a temporary folder."""
+def from_debian(output: Path) -> str:
+    """Download Debian's package as a plain user and unpack it in a temporary folder; returns the package's address."""
     if not (shutil.which("apt-get") and shutil.which("dpkg-deb")):
         raise OSError("apt-get and dpkg-deb are not on this machine")
     say(f"extract: apt-get download {DEBIAN_PACKAGE} (31 MB)")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        # apt's sandbox user could not write to a folder that is ours alone, and says so at length.
-        command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", DEBIAN_PACKAGE]
-        told = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-        if told.returncode:
-            raise OSError(f"apt-get download: {told.stderr.strip() or told.stdout.strip()}")
+        address = apt_address(apt_download(folder, "--print-uris"))
+        apt_download(folder)
         package = next(folder.glob("*.deb"))
         subprocess.run(["dpkg-deb", "-x", package, folder / "unpacked"], check=True, timeout=300)
         for path in sorted((folder / "unpacked").rglob("*-ubyte.gz")):
@@ -186,10 +194,27 @@ def from_debian(output: Path) -> None:
     missing = [name for name in PUBLISHED if not (output / name).is_file()]
     if missing:
         raise ValueError(f"{package.name} lacks {', '.join(missing)}")
+    return address
 
 
-def bring_folder(folder: Path, output: Path) -> None:
-    """Take the files from the user's folder, or from the component's folder inside it.
+def apt_download(folder: Path, *options: str) -> str:
+    """Run `apt-get download` of Debian's package in the folder; what it printed, OSError if it failed."""
+    # apt's sandbox user could not write to a folder that is ours alone, and says so at length.
+    command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", *options, "download", DEBIAN_PACKAGE]
+    told = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
+    if told.returncode:
+        raise OSError(f"apt-get download: {told.stderr.strip() or told.stdout.strip()}")
+    return told.stdout
+
+
+def apt_address(told: str) -> str:
+    """The address in what `--print-uris` told, without the password that a line of sources.list may hold."""
+    found = re.search(r"'([^']+)'", told)
+    return re.sub(r"//[^/]*@", "//", found[1]) if found else f"apt-get download {DEBIAN_PACKAGE}"
+
+
+def bring_folder(folder: Path, output: Path) -> str:
+    """Take the files from the user's folder, or from the component's folder inside it; returns the folder's full path.
 
     The content may differ from what was published (it may be newer data); `validate` judges it by its rules.
     """
@@ -199,6 +224,7 @@ def bring_folder(folder: Path, output: Path) -> None:
         keep(name, read_either(folder, name), output)
         published = "as published" if is_published(output / name) else "not the published content, rules decide"
         say(f"extract: {folder / name}: {published}")
+    return str(folder.resolve())
 
 
 def read_either(folder: Path, name: str) -> bytes:

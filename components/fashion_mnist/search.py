@@ -1,10 +1,11 @@
 """Search for hyper-parameters within a budget of trials and seconds: one nested MLflow run per trial.
 
-The best one's parameters are in best.json and, as the `-P` flags of a full training, in the last line printed.
+The best one's parameters are in best.json and, as the `-P` flags of a full training, in the line that names the best.
 """
 
 import argparse
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import mlflow
 import optuna
 import torch
 
-from train import Part, Recipe, choose_device, fit, read_part, say
+from train import DivergedError, Part, Recipe, choose_device, fit, read_part, say
 
 
 def main() -> None:
@@ -31,7 +32,10 @@ def main() -> None:
             lambda trial: try_one(trial, Recipe(epochs=given.epochs, seed=given.seed), train, val),
             n_trials=given.trials,
             timeout=given.seconds,
+            catch=DivergedError,
         )
+        if not study.get_trials(states=[optuna.trial.TrialState.COMPLETE]):
+            sys.exit(f"✗ none of {len(study.trials)} trials came to an end\n  expected: one\n  next:     more trials")
         mlflow.log_metrics({"best_val_accuracy": study.best_value, "trials": len(study.trials)})
         given.output.mkdir(parents=True, exist_ok=True)
         best = given.output / "best.json"

@@ -14,7 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +61,10 @@ class Learner:
     schedule: torch.optim.lr_scheduler.LRScheduler
 
 
+class DivergedError(Exception):
+    """The loss is no number any more, and no later step would make it one."""
+
+
 def main() -> None:
     """Train, write the files of the hand-over and log everything to the run that `mlflow run` opened."""
     given = read_arguments()
@@ -73,7 +77,7 @@ def main() -> None:
     from tracking import TrackedRun
 
     with TrackedRun() as run:
-        run.log_start(facts(device), train, given.data_hash)
+        run.log_start(asdict(recipe) | facts(device), train, given.data, given.data_hash)
         network, history = fit(recipe, train, val, run.log_epoch)
         save(network, given.output / "model.safetensors")
         predictor = Predictor(given.output)
@@ -122,7 +126,7 @@ def facts(device: torch.device) -> dict[str, str]:
 def read_part(path: Path, device: torch.device) -> Part:
     """One of the files that `prepare` wrote."""
     if not path.is_file():
-        sys.exit(f"{path} does not exist\n  expected: the prepared data\n  next:     dvc repro prepare@fashion_mnist")
+        sys.exit(f"✗ {path} does not exist\n  expected: the prepared data\n  next:     dvc repro prepare@fashion_mnist")
     with np.load(path) as arrays:
         images, labels = torch.from_numpy(arrays["instances"]), torch.from_numpy(arrays["labels"])
     return Part(images.to(device), labels.long().to(device))
@@ -154,7 +158,16 @@ def fit(recipe: Recipe, train: Part, val: Part, report: Report) -> tuple[Network
             f" {metrics['val_accuracy']:.4f}, {metrics['epoch_seconds']:.1f} s"
         )
         report(epoch, metrics)
+        require_finite(epoch, metrics)
     return network.eval(), history
+
+
+def require_finite(epoch: int, metrics: Metrics) -> None:
+    """Give up on a network whose loss is no number: it would say the same of every image."""
+    lost = [name for name in ("train_loss", "val_loss") if not math.isfinite(metrics[name])]
+    if lost:
+        found = f"training diverged: in epoch {epoch} {lost[0]} is {metrics[lost[0]]}"
+        raise DivergedError(f"{found}\n  expected: a finite loss\n  next:     try a smaller learning_rate")
 
 
 def one_cycle(done: float) -> float:
@@ -250,4 +263,7 @@ def say(line: str) -> None:
 if __name__ == "__main__":
     # cuBLAS is only deterministic with a workspace of fixed size, set before its first use.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    main()
+    try:
+        main()
+    except DivergedError as error:
+        sys.exit(f"✗ {error}")

@@ -24,8 +24,9 @@ COMPONENT = "tiny_moons"
 ENVIRONMENT = r"py3\d+-(?:cpu|cuda)-[0-9a-f]{12}"
 # The state of .venv is the business of the checkout that it was borrowed from.
 MAKE = "make --no-print-directory -o .venv/run.stamp -o .venv/dev.stamp"
-# What differs from run to run: hashes, numbers, and seconds, which pytest writes as "69.75s (0:01:09)" after a minute.
-VARYING = re.compile(r"[0-9a-f]{8,}|\d+(?:\.\d+)?(?:e[+-]\d+)?(?:s(?: \(\d+:\d\d:\d\d\))?$)?")
+# What differs from run to run: hashes, numbers, pytest's dot per test, and its seconds, which it writes as
+# "69.75s (0:01:09)" after a minute.
+VARYING = re.compile(r"[0-9a-f]{8,}|^\.{9,}|\d+(?:\.\d+)?(?:e[+-]\d+)?(?:s(?: \(\d+:\d\d:\d\d\))?$)?")
 
 
 @dataclass

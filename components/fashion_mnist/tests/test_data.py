@@ -1,7 +1,11 @@
 """The data stages on made-up IDX files; what `validate` must refuse is in test_bad_data.py."""
 
 import gzip
+import hashlib
 import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +73,75 @@ def test_the_variable_wins_over_the_parameter(tmp_path, source, monkeypatch):
     monkeypatch.setenv("TORCHRELAY_DATA", str(source))
     assert run(tmp_path, Path("nowhere")).is_dir()
     assert json.loads((tmp_path / "validate" / "validation.json").read_text())["records"] == {"train": 100, "test": 40}
+
+
+def told_source(folder: Path) -> dict[str, object]:
+    return dict(json.loads((folder / "source.json").read_text()))
+
+
+def test_a_folder_is_named_as_the_source_beside_the_files(tmp_path, source):
+    run(tmp_path, source)
+    files = json.loads((tmp_path / "validate" / "validation.json").read_text())["files"]
+    assert told_source(tmp_path) == {"source": str(source), "files": files}
+    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == sorted(data.PUBLISHED)
+
+
+@pytest.fixture
+def published(monkeypatch) -> dict[str, bytes]:
+    """Four small files in place of the published ones, packed."""
+    packed = {name: gzip.compress(name.encode(), mtime=0) for name in data.PUBLISHED}
+    sums = {
+        name: (hashlib.md5(content).hexdigest(), hashlib.sha256(name.encode()).hexdigest())
+        for name, content in packed.items()
+    }
+    monkeypatch.setattr(data, "PUBLISHED", sums)
+    monkeypatch.delenv("TORCHRELAY_DATA", raising=False)
+    return packed
+
+
+def extract(folder: Path, source: str) -> int:
+    params = folder / "params.yaml"
+    params.write_text(PARAMS.format(source=source, limit="null"))
+    return int(data.main(["extract", "--params", str(params), "--output", str(folder / "raw")]))
+
+
+def test_the_authors_address_is_named_as_the_source(tmp_path, published, monkeypatch):
+    monkeypatch.setattr(data, "download", lambda url: published[url.rsplit("/", 1)[1].removesuffix(".gz")])
+    assert extract(tmp_path, "auto") == 0
+    assert told_source(tmp_path)["source"] == data.URL
+    assert (tmp_path / "raw" / "t10k-labels-idx1-ubyte").read_bytes() == b"t10k-labels-idx1-ubyte"
+
+
+def test_files_that_are_in_place_keep_their_source(tmp_path, published, monkeypatch):
+    monkeypatch.setattr(data, "download", lambda url: published[url.rsplit("/", 1)[1].removesuffix(".gz")])
+    assert extract(tmp_path, "url") == extract(tmp_path, "debian") == 0
+    assert told_source(tmp_path)["source"] == data.URL
+
+
+@pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb to make a package: apt-get install dpkg")
+def test_debians_package_is_named_as_the_source_without_a_password(tmp_path, published, monkeypatch):
+    """A real package of the small files; only apt-get is a script that says and copies what apt would."""
+    tree = tmp_path / "tree"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "DEBIAN").chmod(0o755)
+    (tree / "DEBIAN" / "control").write_text(
+        "Package: dataset-fashion-mnist\nVersion: 1\nArchitecture: all\nMaintainer: t <t@example.org>\nDescription: t\n"
+    )
+    (tree / "datasets").mkdir()
+    for name, content in published.items():
+        (tree / "datasets" / f"{name}.gz").write_bytes(content)
+    subprocess.run(["dpkg-deb", "-b", tree, tmp_path / "package.deb"], check=True, capture_output=True)
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "apt-get"
+    script.write_text(
+        '#!/bin/sh\ncase "$*" in\n'
+        "*--print-uris*) echo \"'https://me:secret@mirror.example.org/d/package.deb' package.deb 1 SHA256:0\" ;;\n"
+        f"*) cp {tmp_path}/package.deb . ;;\nesac\n"
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
+    assert extract(tmp_path, "debian") == 0
+    assert told_source(tmp_path)["source"] == "https://mirror.example.org/d/package.deb"
 
 
 def test_no_source_names_the_three_ways(tmp_path, monkeypatch, capsys):

@@ -1,6 +1,9 @@
 """Training is reproducible bit for bit, and what is loaded answers as what was trained."""
 
+import math
+
 import numpy as np
+import pytest
 import torch
 
 import model
@@ -34,6 +37,15 @@ def test_it_learns():
     _, history = fit(epochs=12)
     assert history[-1]["train_loss"] < history[0]["train_loss"] / 2
     assert history[-1]["val_accuracy"] > 0.5
+
+
+@pytest.mark.parametrize("lost", ["train_loss", "val_loss"])
+def test_a_loss_that_is_no_number_ends_the_training(lost):
+    metrics = {"train_loss": 0.5, "val_loss": 0.6}
+    train.require_finite(1, metrics)
+    for value in (math.nan, math.inf):
+        with pytest.raises(train.DivergedError, match=f"epoch 3 {lost} is"):
+            train.require_finite(3, metrics | {lost: value})
 
 
 def test_folding_batch_norms_keeps_the_answers(tmp_path):

@@ -143,14 +143,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--input", type=Path, nargs="*", default=[])
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args(arguments)
+    needed = {"extract": 0, "validate": 1, "prepare": 2}[given.stage]
+    if len(given.input) != needed:
+        parser.error(f"{given.stage} takes {needed} folders as --input")
     params = yaml.safe_load(given.params.read_text(encoding="utf-8"))
     try:
         if given.stage == "extract":
             extract(params, given.output)
         elif given.stage == "validate":
-            validate(*given.input, given.output)
+            validate(given.input[0], given.output)
         else:
-            prepare(params, *given.input, given.output)
+            prepare(params, given.input[0], given.input[1], given.output)
     except BadDataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -36,4 +36,5 @@ def load(path: Path) -> Network:
     state: dict[str, torch.Tensor] = load_file(path)
     network = Network(hidden=len(state["layers.0.bias"]))
     network.load_state_dict(state)
-    return network.eval()
+    network.eval()
+    return network

@@ -7,11 +7,14 @@ place, run.json. On one machine type the same parameters, data and thread count 
 import argparse
 import hashlib
 import json
+import math
 import os
 import platform
 import re
-from collections.abc import Callable
-from dataclasses import dataclass, fields
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +25,7 @@ os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 import mlflow
 import numpy as np
 import torch
+from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.models import ModelSignature
 from mlflow.types import DataType, Schema, TensorSpec
 from mlflow.types.schema import Array, ColSpec
@@ -33,6 +37,10 @@ from model import FEATURES, LABELS, Network, save
 HERE = Path(__file__).resolve().parent
 Metrics = dict[str, float]
 Part = tuple[Tensor, Tensor]
+
+# Where `extract` has the data from, in MLflow's terms. REPLACE THIS together with it, for example by
+# ("http", {"url": "https://example.org/points.csv"}) or ("local", {"uri": "/srv/points"}).
+SOURCE = ("code", {"tags": {"mlflow.source.type": "LOCAL", "mlflow.source.name": "data.py"}})
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,10 @@ class Recipe:
     seed: int = 1
 
 
+class DivergedError(Exception):
+    """The loss is no number any more, and no later step would make it one."""
+
+
 def main() -> None:
     """Train, write the files of the hand-over and log everything to the run that `mlflow run` opened."""
     given = read_arguments()
@@ -54,9 +66,10 @@ def main() -> None:
     recipe = Recipe(**{field.name: getattr(given, field.name) for field in fields(Recipe)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     train, val = (read_part(given.data / f"{name}.npz", device) for name in ("train", "val"))
-    with mlflow.start_run() as run:
-        mlflow.log_params(facts(device))
-        log_data(train, given.data_hash)
+    environment = running_environment()
+    with tracked_run() as run:
+        log_start(run, asdict(recipe) | facts(device), environment)
+        log_data(run, train, given.data_hash)
         network, last = fit(recipe, train, val, log_epoch)
         mlflow.flush_async_logging()
         save(network, given.output / "model.safetensors")
@@ -69,7 +82,7 @@ def main() -> None:
         for name, content in (("evaluation.json", evaluation), ("golden.json", golden)):
             write_json(given.output / name, content)
             mlflow.log_artifact(str(given.output / name))
-        model_uri = log_model(given.output / "model.safetensors")
+        model_uri = log_model(given.output / "model.safetensors", environment["variant"])
         parameters = mlflow.get_run(run.info.run_id).data.params
         record = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "model_uri": model_uri}
         record |= {"metrics": final, "parameters": dict(parameters), "device": str(device)}
@@ -111,7 +124,16 @@ def fit(recipe: Recipe, train: Part, val: Part, report: Callable[[int, Metrics],
         metrics = one_epoch(recipe, network, optimizer, train) | judge(network, val)
         print(f"epoch {epoch}/{recipe.epochs}: validation accuracy {metrics['val_accuracy']:.4f}", flush=True)
         report(epoch, metrics)
+        require_finite(epoch, metrics)
     return network.eval(), metrics
+
+
+def require_finite(epoch: int, metrics: Metrics) -> None:
+    """Give up on a network whose loss is no number: it would say the same of every point."""
+    lost = [name for name in ("train_loss", "val_loss") if not math.isfinite(metrics[name])]
+    if lost:
+        found = f"training diverged: in epoch {epoch} {lost[0]} is {metrics[lost[0]]}"
+        raise DivergedError(f"{found}\n  expected: a finite loss\n  next:     try a smaller learning_rate")
 
 
 def one_epoch(recipe: Recipe, network: Network, optimizer: torch.optim.Optimizer, train: Part) -> Metrics:
@@ -171,6 +193,34 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 # --- what MLflow is told ---------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def tracked_run() -> Iterator[mlflow.ActiveRun]:
+    """The run that `mlflow run` opened (MLFLOW_RUN_ID), or a new one; failed, and why, if an exception leaves it."""
+    with mlflow.start_run() as run:
+        try:
+            yield run
+        except BaseException as error:
+            mlflow.set_tag("torchrelay.error", f"{type(error).__name__}: {error}"[:1000])
+            raise
+
+
+def running_environment() -> dict[str, str]:
+    """What Torchrelay wrote beside the interpreter when the environment was whole; one made by hand has its path."""
+    described = Path(sys.prefix) / "environment.json"
+    if described.is_file():
+        found: dict[str, str] = json.loads(described.read_text(encoding="utf-8"))
+        return found
+    return {"name": sys.prefix, "variant": "cuda" if torch.version.cuda else "cpu"}
+
+
+def log_start(run: mlflow.ActiveRun, parameters: dict[str, Any], environment: dict[str, str]) -> None:
+    """What decides the weights beside the data: parameters that `mlflow run` did not log already, the environment."""
+    mlflow.log_params({name: value for name, value in parameters.items() if name not in run.data.params})
+    # The names that a registered version has for the same.
+    names = {"name": "torchrelay.environment", "lock_sha256": "torchrelay.environment.lock"}
+    mlflow.set_tags({tag: environment[name] for name, tag in names.items() if name in environment})
+
+
 def facts(device: torch.device) -> dict[str, str]:
     """What a rerun must have in common with this run to give the same weights."""
     return {
@@ -182,11 +232,23 @@ def facts(device: torch.device) -> dict[str, str]:
     }
 
 
-def log_data(train: Part, data_hash: str) -> None:
-    """The training data, under the hash that DVC knows them by."""
-    points, labels = (tensor.numpy(force=True) for tensor in train)
-    dataset = mlflow.data.from_numpy(points, targets=labels, name=HERE.name, digest=data_hash[:36])
-    mlflow.log_input(dataset, context="training")
+def log_data(run: mlflow.ActiveRun, train: Part, data_hash: str) -> None:
+    """The training data under DVC's hash. `mlflow.data.from_numpy` would want scipy, only to name the element types."""
+    points, labels = train
+    tensors = {
+        "features": Schema([TensorSpec(np.dtype(np.float32), (-1, FEATURES))]).to_json(),
+        "targets": Schema([TensorSpec(np.dtype(np.int64), (-1,))]).to_json(),
+    }
+    dataset = Dataset(
+        name=HERE.name,
+        digest=data_hash[:36],
+        source_type=SOURCE[0],
+        source=json.dumps(SOURCE[1]),
+        schema=json.dumps({"mlflow_tensorspec": tensors}),
+        profile=json.dumps({"features_shape": list(points.shape), "targets_shape": list(labels.shape)}),
+    )
+    context = [InputTag("mlflow.data.context", "training")]
+    mlflow.MlflowClient().log_inputs(run.info.run_id, [DatasetInput(dataset, context)])
 
 
 def log_epoch(epoch: int, metrics: Metrics) -> None:
@@ -194,7 +256,7 @@ def log_epoch(epoch: int, metrics: Metrics) -> None:
     mlflow.log_metrics(metrics, step=epoch, synchronous=False)
 
 
-def log_model(weights: Path) -> str:
+def log_model(weights: Path, variant: str) -> str:
     """Log code and weights, with the environment's lock as given requirements; returns the model's URI."""
     inputs = Schema([TensorSpec(np.dtype(np.float32), (-1, FEATURES))])
     probabilities = ColSpec(Array(DataType.double), "probabilities")
@@ -204,19 +266,22 @@ def log_model(weights: Path) -> str:
         python_model=str(HERE / "served.py"),
         code_paths=[str(HERE / "model.py"), str(HERE / "handler.py")],
         artifacts={"weights": str(weights)},
-        pip_requirements=pinned_requirements(),
+        pip_requirements=pinned_requirements(variant),
         signature=ModelSignature(inputs=inputs, outputs=outputs),
         input_example=np.zeros((2, FEATURES), np.float32),
     )
     return str(info.model_uri)
 
 
-def pinned_requirements() -> list[str]:
-    """Every package of the CPU lock with its version, without hashes; inferring them would take seconds."""
-    lock = (HERE / "requirements.cpu.lock").read_text(encoding="utf-8")
+def pinned_requirements(variant: str) -> list[str]:
+    """Every package of the variant's lock with its version, without hashes; inferring them would take seconds."""
+    lock = (HERE / f"requirements.{variant}.lock").read_text(encoding="utf-8")
     torch_pin = (HERE / "requirements.torch").read_text(encoding="utf-8")
     return [line.split("\\")[0].strip() for line in (lock + torch_pin).splitlines() if re.match(r"[A-Za-z0-9]", line)]
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except DivergedError as error:
+        sys.exit(f"✗ {error}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import data
-from train import Part, Recipe, fit, read_part
+from train import DivergedError, Part, Recipe, fit, pinned_requirements, read_part
 
 HERE = Path(__file__).resolve().parents[1]
 
@@ -46,6 +46,20 @@ def test_the_same_recipe_gives_the_same_weights(prepared: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_training_that_diverges_stops_at_once_and_says_so(prepared: Path) -> None:
+    epochs: list[int] = []
+    with pytest.raises(DivergedError, match=r"in epoch 1 .* is nan"):
+        fit(Recipe(learning_rate=1e30), *parts(prepared), lambda epoch, _metrics: epochs.append(epoch))
+    assert epochs == [1]
+
+
+@pytest.mark.parametrize("variant", ["cpu", "cuda"])
+def test_the_models_requirements_are_the_variants_lock(variant: str) -> None:
+    pins = pinned_requirements(variant)
+    assert any(pin.startswith("nvidia-") for pin in pins) == (variant == "cuda")
+    assert any(pin.startswith("torch==") for pin in pins)
+
+
 def test_main_leaves_every_file_that_the_other_legs_read_and_a_model_that_mlflow_can_serve(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -62,5 +76,8 @@ def test_main_leaves_every_file_that_the_other_legs_read_and_a_model_that_mlflow
     # MLflow warns of itself and of what it imports, past any filter.
     with warnings.catch_warnings(record=True):
         warnings.simplefilter("always")
+        logged = mlflow.get_run(run["run_id"])
         served = mlflow.pyfunc.load_model(run["model_uri"]).predict(np.array(golden["instances"], np.float32))
+    assert Path(sys.prefix).name in logged.data.tags["torchrelay.environment"]
+    assert logged.inputs.dataset_inputs[0].dataset.schema
     assert [answer["class"] for answer in served] == [answer["class"] for answer in golden["predictions"]]
