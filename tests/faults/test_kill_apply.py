@@ -4,6 +4,7 @@ The engine, gateway and archives are simulated here so that every boundary can b
 kills real processes at a few of them.
 """
 
+import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -105,6 +106,9 @@ class SimulatedSupervisor:
             return False
         self.world.effect(lambda: self.world.running.add(program.name))
         return True
+
+    def running(self, name: str) -> bool:
+        return name in self.world.running
 
     def remove(self, name: str) -> None:
         def gone() -> None:
@@ -325,6 +329,22 @@ def test_an_engine_that_came_back_empty_is_loaded_again(world: World, node: Node
     report = apply.apply(node)
     assert served(world) == {"a-1-e1"}
     assert report.served[0].changed
+
+
+def test_an_engine_whose_port_somebody_took_meanwhile_gets_another(world: World, node: NodeConfig) -> None:
+    apply.apply(node, desired("a-1-e1"))
+    before = world.routes[0].endpoints[0].port
+    world.running.clear()
+    world.models.clear()
+    world.routes = ()
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", before))
+        other.listen()
+        apply.apply(node)
+    after = world.routes[0].endpoints[0].port
+    assert after != before
+    apply.apply(node)
+    assert world.routes[0].endpoints[0].port == after
 
 
 def test_nothing_to_do_does_nothing(world: World, node: NodeConfig) -> None:
