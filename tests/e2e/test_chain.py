@@ -482,7 +482,8 @@ def test_a_training_that_outlives_its_leg_does_not_write_into_the_next_one(deplo
     deployed.ok("deploy-dev", "--component", COMPONENT)
     run = _left(deployed, "train/run.json")
     assert _tags(deployed, _serving(deployed))["run"] == run["run_id"]
-    psutil.wait_procs(orphans, timeout=60)
+    for orphan in psutil.wait_procs(orphans, timeout=60)[1]:
+        orphan.kill()
     assert _left(deployed, "train/run.json") == run
 
 

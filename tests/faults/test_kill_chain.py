@@ -165,7 +165,8 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
         shutil.rmtree(target, ignore_errors=True)
         shutil.copytree(url, target)
 
-    def proof(mar: Path, python: str) -> Proof:
+    def proof(mar: Path, python: str, admit: Callable[[], object]) -> Proof:
+        admit()
         return Proof(component="tiny", version="1", digest=archive.digest(mar), samples=3, largest_difference=0)
 
     def record(tracking: object, perimeter: str, entry: ledger.Entry, outbox: Path) -> str:

@@ -347,6 +347,22 @@ def test_the_golden_proof_needs_an_environment_that_can_run_the_archive(packed: 
         archive.prove(packed / "model.mar", "no/such/python")
 
 
+def test_what_is_not_admitted_is_never_named_to_the_program(packed: Path, tmp_path: Path) -> None:
+    program, heard = tmp_path / "python", tmp_path / "heard"
+    program.write_text(f"#!/bin/sh\nread line && echo heard $line > {heard}\n")
+    program.chmod(0o755)
+
+    def refuse() -> None:
+        raise ArchiveError("not signed", "signed", "make deploy-dev")
+
+    with pytest.raises(ArchiveError, match="not signed"):
+        archive.prove(packed / "model.mar", str(program), admit=refuse)
+    assert not heard.exists()
+    with pytest.raises(ArchiveError):
+        archive.prove(packed / "model.mar", str(program))
+    assert str(packed / "model.mar") in heard.read_text()
+
+
 def test_the_golden_proof_ends(packed: Path, component_python: str) -> None:
     with pytest.raises(ArchiveError, match="without an end"):
         archive.prove(packed / "model.mar", component_python, timeout_s=0.01)

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 
@@ -25,19 +27,18 @@ class _Outcome(BaseModel):
     largest_difference: float
 
 
-def prove(archive: Path, python: str, timeout_s: float = 300) -> Proof:
+def prove(archive: Path, python: str, timeout_s: float = 300, admit: Callable[[], object] = lambda: None) -> Proof:
     """The proof that `archive` (a .mar), run by the interpreter `python`, reproduces its golden outputs.
 
-    Raises ArchiveError when it does not, or does not run at all.
+    `admit` says by an error that it must not run; it is called while that interpreter imports torch, and the archive
+    is named to it only afterwards. Raises ArchiveError when the outputs differ, or it does not run at all.
     """
-    mar.check(archive)
-    outcome = _parsed(archive, _run(archive, python, [], timeout_s))
+    outcome = _parsed(archive, _run(archive, python, [], timeout_s, admit))
     return Proof(**outcome.model_dump(), digest=mar.digest(archive))
 
 
 def evaluate(archive: Path, python: str, test_set: Path, task: str, timeout_s: float = 1800) -> Evaluation:
     """One score per sample of `test_set` (test.npz), from the archive as it is, not from the weights it came from."""
-    mar.check(archive)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "evaluation.json"
         arguments = ["--evaluate", str(test_set), "--task", task, "--output", str(output)]
@@ -45,29 +46,50 @@ def evaluate(archive: Path, python: str, test_set: Path, task: str, timeout_s: f
         return Evaluation.model_validate_json(output.read_bytes())
 
 
-def _run(archive: Path, python: str, arguments: list[str], timeout_s: float) -> str:
-    """Isolated (-I): no variable and no folder of ours changes what the environment imports."""
+def _run(
+    archive: Path, python: str, arguments: list[str], timeout_s: float, admit: Callable[[], object] = lambda: None
+) -> str:
+    """What the program prints. Isolated (-I): no variable, no folder of ours changes what the environment imports."""
     with as_file(files("torchrelay.serving")) as folder:
-        command = [python, "-I", "-B", str(folder / "prove.py"), "--archive", str(archive), *arguments]
+        command = [python, "-I", "-B", str(folder / "prove.py"), *arguments]
+        with _started(command) as child:
+            mar.check(archive)
+            admit()
+            try:
+                said, complaint = child.communicate(f"{archive}\n", timeout=timeout_s)
+            except subprocess.TimeoutExpired as error:
+                raise ArchiveError(
+                    f"{archive} ran for {timeout_s:.0f} s without an end", "an end", mar.REPACK
+                ) from error
+    if child.returncode:
+        raise _failure(archive, child.returncode, said, complaint)
+    return said
+
+
+@contextmanager
+def _started(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
+    """A running program; whatever goes wrong meanwhile ends it."""
+    pipe = subprocess.PIPE
+    try:
+        child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    except OSError as error:
+        raise ArchiveError(f"{command[0]} does not start: {error}", "the environment's Python", mar.REPACK) from error
+    with child:
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
-        except OSError as error:
-            raise ArchiveError(f"{python} does not start: {error}", "the environment's Python", mar.REPACK) from error
-        except subprocess.TimeoutExpired as error:
-            raise ArchiveError(f"{archive} ran for {timeout_s:.0f} s without an end", "an end", mar.REPACK) from error
-    if done.returncode:
-        raise _failure(archive, done)
-    return done.stdout
+            yield child
+        except BaseException:
+            child.kill()
+            raise
 
 
-def _failure(archive: Path, done: subprocess.CompletedProcess[str]) -> ArchiveError:
+def _failure(archive: Path, status: int, said: str, complaint: str) -> ArchiveError:
     """The program's own three parts if it got that far, else the end of what it wrote."""
     try:
-        said: Json = json.loads(done.stdout)
-        return ArchiveError(said["found"], said["expected"], said["next_command"])
+        parts: Json = json.loads(said)
+        return ArchiveError(parts["found"], parts["expected"], parts["next_command"])
     except (ValueError, LookupError, TypeError):
         return ArchiveError(
-            f"{archive} did not run (exit {done.returncode}): {done.stderr.strip()[-_TAIL:]}",
+            f"{archive} did not run (exit {status}): {complaint.strip()[-_TAIL:]}",
             "an archive that runs in its environment",
             mar.REPACK,
         )

@@ -140,10 +140,10 @@ def _packed(name: str, registration: Registration, train: Path, folder: Path) ->
 
 def prove_archive(name: str, record: ArchiveRecord, folder: Path, output: Path) -> Proof:
     """The exact archive, in its own environment, must reproduce the golden outputs; the proof goes on the version."""
-    archive.verify(folder, settings().keys / "dev" / "signing.pub", record.digest)
     again = f"make deploy-dev COMPONENT={name}"
     python = read_json(Environment, components.environment_file(record.environment), again).python
-    proof = archive.prove(folder / "model.mar", python)
+    key = settings().keys / "dev" / "signing.pub"
+    proof = archive.prove(folder / "model.mar", python, admit=lambda: archive.verify(folder, key, record.digest))
     Tracking(site().tracking.url).set_version_tags(name, record.version, {lineage.TAG_PROOF: record.digest})
     write_json(output, proof)
     return proof
