@@ -92,14 +92,14 @@ def _environment(target: Path) -> dict[str, str]:
         **kept,
         **data,
         "TORCHRELAY_ROOT": str(target),
-        "TORCHRELAY_PORT_BASE": str(_free_base()),
+        "TORCHRELAY_PORT_BASE": str(free_base()),
         "TORCHRELAY_KEYS": str(target / ".keys"),
         "PYTHONPATH": str(target / "src"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
     }
 
 
-def _free_base() -> int:
+def free_base() -> int:
     """The first of a range of ports that nobody listens on."""
     for base in range(24000 + os.getpid() % 50 * 100, 60000, 100):
         if all(_free(port) for port in range(base, base + _PORTS)):

@@ -8,12 +8,9 @@ The peers' environments are installed on the first run and kept in the state fol
 """
 
 import argparse
-import os
-import random
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,10 @@ from pipeline.ours import Ours, running
 from pipeline.plain import Plain
 from pipeline.scale import Stages
 from pipeline.tables import table
-from pipeline.timing import BenchError, Sample, median
 from pipeline.tools import TOOLS, Bench
+from timing import BenchError, Case, Sample, environment, rounds
 
 PARTS = ("chain", "tools", "scale")
-Case = Callable[[], Sample]
 
 
 def main() -> None:
@@ -58,12 +54,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=report.results("pipeline-peers"), help="the peers' environments")
     parser.add_argument("--seed", type=int, default=1, help="of the order of the cases")
     return parser.parse_args()
-
-
-def environment() -> dict[str, str]:
-    """The same for all: Python keeps its bytecode, nothing is asked of a virtual environment around us."""
-    dropped = ("PYTHONDONTWRITEBYTECODE", "PYTHONPATH", "VIRTUAL_ENV", "MLFLOW_", "SNAKEMAKE_")
-    return {key: value for key, value in os.environ.items() if not key.startswith(dropped)}
 
 
 def measure(given: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -143,23 +133,3 @@ def measure_scale(given: argparse.Namespace, work: Path, ours: Ours, skipped: di
         found |= rounds(given, {f"ours, {count} components, make deploy-dev": ours.deploy})
     ours.set_components(0)
     return {"nothing changed": found}
-
-
-def rounds(given: argparse.Namespace, cases: Mapping[str, Case]) -> dict[str, Any]:
-    """Every case once a round, in an order drawn anew each time."""
-    draw = random.Random(given.seed)
-    samples: dict[str, list[Sample]] = {name: [] for name in cases}
-    for number in range(1, given.rounds + 1):
-        for name in draw.sample(list(cases), len(cases)):
-            sample = cases[name]()
-            samples[name].append(sample)
-            took = f"{sample.wall:.2f} s, CPU {sample.cpu:.2f} s, load {report.load():.2f}"
-            report.say(f"round {number}/{given.rounds} {name}: {took}")
-    return {name: summary(found) for name, found in samples.items()}
-
-
-def summary(samples: list[Sample]) -> dict[str, Any]:
-    """Medians and every sample."""
-    middle = median(samples)
-    every = [[round(sample.wall, 3), round(sample.cpu, 3)] for sample in samples]
-    return {"wall": round(middle.wall, 3), "cpu": round(middle.cpu, 3), "samples": every}

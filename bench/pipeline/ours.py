@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from checkout import copy_checkout
-from pipeline.timing import BenchError, Sample, timed, tree_cpu
 from pipeline.venvs import HERE, ROOT
 from report import say
+from timing import BenchError, Sample, timed, tree_cpu
 
 COMPONENT = "digits"
 # Of the caller's environment: what would make ours another run than a user's.

@@ -5,8 +5,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.timing import Sample, timed
 from pipeline.venvs import HERE, environment_for
+from timing import Sample, timed
 
 
 class Plain:

@@ -4,9 +4,9 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from pipeline.timing import Sample, timed
 from pipeline.tools import QUIET
 from pipeline.venvs import HERE, environment_for
+from timing import Sample, timed
 
 
 class Stages:

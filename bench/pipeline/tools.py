@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pipeline.timing import Sample, timed
 from pipeline.venvs import HERE, ROOT, environment_for
+from timing import Sample, timed
 
 QUIET = {
     "DVC_NO_ANALYTICS": "1",

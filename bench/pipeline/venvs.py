@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pipeline.timing import BenchError
 from report import say
+from timing import BenchError
 from torchrelay.components import install_torch
 
 HERE = Path(__file__).resolve().parent
