@@ -18,6 +18,7 @@ wildcard_constraints:
     component="[a-z][a-z0-9_]*",
 
 
+include: "rules/quick.smk"
 include: "rules/data.smk"
 include: "rules/train.smk"
 include: "rules/gate.smk"

@@ -19,7 +19,11 @@ QUIET = {
     "PREFECT_LOGGING_LEVEL": "ERROR",
     "USERNAME": "bench",
 }
-SNAKEMAKE = (str(ROOT / ".venv/bin/snakemake"), "--profile", str(ROOT / "profiles/default"), "--quiet", "all")
+SNAKEMAKE = (
+    str(ROOT / ".venv/bin/snakemake"),
+    *("--profile", str(ROOT / "profiles/default"), "--quiet", "all"),
+    *("--config", f"quick={ROOT}/rules/quick.smk"),
+)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ TOOLS = (
         forget=("work", "dvc.lock", ".dvc/cache"),
     ),
     Tool(
-        "Snakemake, our profile",
+        "Snakemake as we run it",
         "snakemake",
         SNAKEMAKE,
         again=SNAKEMAKE,
