@@ -183,7 +183,7 @@ def _step(command: list[Any], log: Path) -> None:
 
 def _worth_showing(line: str) -> bool:
     """What the installer says of its progress, and errors; not pip's notices."""
-    return line.startswith("install:") or "error" in line.lower()
+    return line.startswith("setup:") or "error" in line.lower()
 
 
 def _sha256(content: bytes) -> str:

@@ -8,7 +8,7 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from configparser import ConfigParser
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ _GIB = 2**30
 _DISK_GIB = 5.0
 _MEMORY_GIB = 2.5
 _TOOL_SECONDS = 20
-_PIN = re.compile(r"^([A-Za-z0-9._-]+)==([^\s;\\]+)")
 
 
 @dataclass(frozen=True)
@@ -100,12 +99,11 @@ def clock() -> Finding:
 
 
 def packages() -> Finding:
-    """What is installed is what the lock says."""
+    """What is installed is what the lock says for this Python and this machine."""
     from importlib.metadata import distributions
 
-    lock = root() / "requirements" / "run.lock"
     installed = {_plain(found.name): found.version for found in distributions()}
-    pins = [match.groups() for line in lock.read_text().splitlines() if (match := _PIN.match(line))]
+    pins = list(_pins(root() / "requirements" / "run.lock"))
     off = [
         f"{name} {installed.get(_plain(name), 'missing')} instead of {version}"
         for name, version in pins
@@ -113,6 +111,17 @@ def packages() -> Finding:
     ]
     found = f"{len(pins)} packages as locked" if not off else f"{len(off)} differ: {', '.join(off[:5])}"
     return Finding("packages", not off, found, "make setup")
+
+
+def _pins(lock: Path) -> Iterator[tuple[str, str]]:
+    """Name and version of every package that the lock asks for here."""
+    from packaging.requirements import Requirement
+
+    for line in lock.read_text(encoding="utf-8").splitlines():
+        if line[:1].isalnum():
+            wanted = Requirement(line.removesuffix("\\").strip())
+            if wanted.marker is None or wanted.marker.evaluate():
+                yield wanted.name, str(wanted.specifier).removeprefix("==")
 
 
 def ports() -> Finding:

@@ -134,8 +134,8 @@ def test_nothing_is_written_to_the_home_folder(state: Path) -> None:
 def test_the_verifier_and_the_doctor_agree_that_all_is_well(state: Path) -> None:
     nodes.verify(state / "logs" / "verify.log")
     findings = {finding.name: finding for finding in doctor.diagnose()}
-    assert findings["tracking"].ok and "answers" in findings["tracking"].found
-    assert findings["ports"].ok and findings["supervisor"].ok
+    assert "answers" in findings["tracking"].found
+    assert not [finding for finding in findings.values() if not finding.ok]
 
 
 @pytest.mark.parametrize("child", [False, True], ids=["leader", "server"])
