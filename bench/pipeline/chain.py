@@ -1,19 +1,23 @@
 """What `deploy-dev` does up to the signed and proven archive: the data stages by DVC, then the legs by Snakemake.
 
-Run by the checkout's own Python, in the checkout. It becomes Snakemake, so that one process is what is timed.
+Run by the checkout's own Python, in the checkout.
 """
 
-import os
 import sys
 from pathlib import Path
 
 from torchrelay import data
-from torchrelay.config import settings
+from torchrelay.cli.deploy import snakemake_command, snakemake_environment
+from torchrelay.console import run_logged
 
 COMPONENT = sys.argv[1]
 
-if not data.up_to_date(COMPONENT):
-    data.reproduce(COMPONENT, Path("logs/prepare_data") / f"{COMPONENT}.log")
-command = [sys.executable, "-m", "snakemake", f"results/{COMPONENT}/proof.json", "--profile", "profiles/default"]
-environment = {**os.environ, "XDG_CACHE_HOME": str(settings().state / "cache")}
-os.execve(sys.executable, [*command, "--quiet", "all", "--config", f"component={COMPONENT}"], environment)
+
+def prepare() -> None:
+    """The data, while Snakemake imports itself."""
+    if not data.up_to_date(COMPONENT):
+        data.reproduce(COMPONENT, Path("logs/prepare_data") / f"{COMPONENT}.log")
+
+
+command = snakemake_command(COMPONENT, f"results/{COMPONENT}/proof.json", "--quiet", "all")
+sys.exit(run_logged(command, Path("logs/chain.log"), environment=snakemake_environment(), meanwhile=prepare))

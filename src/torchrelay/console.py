@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -98,9 +98,11 @@ def run_logged(
     folder: Path | None = None,
     indent: str = "",
     keep_open: tuple[int, ...] = (),
+    meanwhile: Callable[[], None] | None = None,
 ) -> int:
     """Run `command`; all that it prints goes to `log`, and the lines that `show` picks to the terminal too.
 
+    With `meanwhile`, the child is one that waits for a line on its standard input, which it gets once that is done.
     Returns its exit status. The child ends with us: it is killed if we are interrupted.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -109,6 +111,7 @@ def run_logged(
         file.flush()
         child = subprocess.Popen(
             [str(word) for word in command],
+            stdin=subprocess.PIPE if meanwhile else None,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -118,6 +121,9 @@ def run_logged(
             pass_fds=keep_open,
         )
         try:
+            if meanwhile:
+                meanwhile()
+                _tell(child)
             for line in child.stdout or ():
                 file.write(line)
                 file.flush()
@@ -130,3 +136,10 @@ def run_logged(
                 child.wait()
             if child.stdout:
                 child.stdout.close()
+
+
+def _tell(child: "subprocess.Popen[str]") -> None:
+    """Say go. A child that has ended already says so by its status."""
+    if child.stdin:
+        with suppress(BrokenPipeError), child.stdin:
+            child.stdin.write("go\n")

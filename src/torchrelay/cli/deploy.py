@@ -5,7 +5,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,10 +37,13 @@ def _deploy_dev(name: str, lock: int) -> None:
     log = settings().state / "logs" / "configure.log"
     nodes.configure(log)
     nodes.start(wait=False)
-    _environment_and_data(name)
-    nodes.start()
-    _forget_lost(name)
-    ran = _run_chain(name, lock)
+
+    def prepare() -> None:
+        _environment_and_data(name)
+        nodes.start()
+        _forget_lost(name)
+
+    ran = _run_chain(name, lock, prepare)
     _summary(name, began, ran, _check_perimeter(name))
 
 
@@ -70,21 +73,33 @@ def _forget_lost(name: str) -> None:
 
 
 def snakemake_command(name: str, *words: str) -> list[str]:
-    """How the chain of a component is run, or asked about."""
+    """How the chain of a component is run, or asked about, once a line on standard input says so.
+
+    Snakemake imports itself for a second, in which its caller can prepare what it will read.
+    """
     profile = "ci" if os.environ.get("CI") else "default"
-    command = [sys.executable, "-m", "snakemake", "deploy_dev", "--profile", f"profiles/{profile}", *words]
+    told = "import sys; from snakemake.cli import main; sys.stdin.readline() and main()"
+    command = [sys.executable, "-c", told, *words, "--profile", f"profiles/{profile}"]
     return [*command, "--config", f"component={name}"]
 
 
-def _run_chain(name: str, lock: int) -> bool:
-    """Run Snakemake; whether it had anything to do. What failed has named itself and its log by then."""
+def _run_chain(name: str, lock: int, prepare: Callable[[], None]) -> bool:
+    """Run Snakemake, which imports itself while we `prepare`; whether it had anything to do.
+
+    What failed has named itself and its log by then.
+    """
     stamp = results(name) / "deploy" / "dev.json"
     before = stamp.stat().st_mtime_ns if stamp.exists() else 0
     log = root() / "logs" / "deploy_dev" / f"{name}.log"
     log.unlink(missing_ok=True)
-    command = snakemake_command(name, "--quiet", "progress", "rules", "host", "reason")
     status = run_logged(
-        command, log, show=_of_the_legs, environment=snakemake_environment(), folder=root(), keep_open=(lock,)
+        snakemake_command(name, "deploy_dev", "--quiet", "progress", "rules", "host", "reason"),
+        log,
+        show=_of_the_legs,
+        environment=snakemake_environment(),
+        folder=root(),
+        keep_open=(lock,),
+        meanwhile=prepare,
     )
     if status:
         text = log.read_text(encoding="utf-8")

@@ -67,7 +67,8 @@ def _lost(name: str) -> bool:
 def _rules(name: str, lost: bool) -> list[str]:
     """The rules that a dry run of Snakemake names."""
     done = subprocess.run(
-        snakemake_command(name, "--dry-run", "--quiet", "host"),
+        snakemake_command(name, "deploy_dev", "--dry-run", "--quiet", "host"),
+        input="go\n",
         cwd=root(),
         env=snakemake_environment(),
         capture_output=True,
