@@ -20,7 +20,7 @@ def lay_out(folder: Path, source: str, files: dict[str, str]) -> Path:
 
 
 def test_data_from_the_web_have_its_address_as_source(tmp_path):
-    address = "http://deb.debian.org/debian/pool/main/d/dataset-fashion-mnist/x_all.deb"
+    address = "http://mirror.example/debian/pool/main/d/dataset-fashion-mnist/x_all.deb"
     assert tracking.describe_source(lay_out(tmp_path, address, FILES)) == ("http", {"url": address})
 
 
