@@ -34,10 +34,11 @@ class _Log:
     path: Path | None = None
 
 
-def log_to(path: Path) -> None:
-    """From now on, what is said is also written to `path`, which starts empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("", encoding="utf-8")
+def log_to(path: Path | None) -> None:
+    """From now on, what is said is also written to `path`, which starts empty; with None to the terminal alone."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("", encoding="utf-8")
     _Log.path = path
 
 

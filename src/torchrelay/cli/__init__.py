@@ -3,13 +3,16 @@
 Verbs are imported when they are called, so that `--help` stays instant.
 """
 
+import errno
 import importlib
 import sys
 
 import click
 
-from torchrelay.console import show_error
-from torchrelay.errors import TorchrelayError
+from torchrelay.console import log_to, show_error
+from torchrelay.errors import ConfigError, TorchrelayError
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 # verb → module of this package that holds it; the function is the verb with underscores.
 _VERBS = {
@@ -68,3 +71,23 @@ def main() -> None:
     except TorchrelayError as error:
         show_error(error)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        full = ConfigError(
+            f"{error.strerror}{where}; what was there before is unharmed",
+            "room under the state folder and the checkout",
+            "make doctor (it says where how much is free), make room, then the same command again",
+        )
+        _show_somehow(full)
+        sys.exit(full.exit_code)
+
+
+def _show_somehow(error: TorchrelayError) -> None:
+    """On the terminal at least, when the log has no room either."""
+    try:
+        show_error(error)
+    except OSError:
+        log_to(None)
+        show_error(error)
