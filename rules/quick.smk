@@ -1,4 +1,4 @@
-# What Snakemake spends on itself: a second and a half of every run that these lines save.
+# What Snakemake spends on itself and these lines save: about a second of a run, 0.7 s where nothing has to run.
 # in: nothing
 # out: nothing
 # config: none

@@ -487,6 +487,31 @@ def test_a_training_that_outlives_its_leg_does_not_write_into_the_next_one(deplo
     assert _left(deployed, "train/run.json") == run
 
 
+def test_after_a_kill_of_snakemake_alone_what_serves_is_what_was_judged(deployed: Checkout) -> None:
+    """kill -9 of Snakemake: its leg goes on and ends when the rerun, or the one after it, is somewhere in the chain."""
+    _settings(deployed, floor=0.3, seed=131)
+    child = _stopped_in(deployed, "train_model")
+    [snakemake] = [
+        process
+        for process in psutil.Process(child.pid).children()
+        if any("snakemake.cli" in word for word in process.cmdline())
+    ]
+    orphans = snakemake.children(recursive=True)
+    snakemake.kill()
+    child.communicate()
+    assert child.returncode != 0
+    deployed.run("deploy-dev", "--component", COMPONENT)  # whether it gets through is a matter of who is first
+    for orphan in psutil.wait_procs(orphans, timeout=60)[1]:
+        orphan.kill()
+    deployed.ok("deploy-dev", "--component", COMPONENT)
+    served = _serving(deployed)
+    assert _tags(deployed, served)["run"] == _left(deployed, "train/run.json")["run_id"]
+    assert _left(deployed, "gate/verdict.json")["run_id"] == _tags(deployed, served)["run"]
+    versions = _versions(deployed)
+    assert len({version["run_id"] for version in versions}) == len(versions)
+    assert _post(deployed, _one(deployed)).headers["x-model-version"] == served
+
+
 def test_a_taken_port_is_reported_by_name(tmp_path: Path, deployed: Checkout) -> None:
     other = {**deployed.environment, "TORCHRELAY_STATE": str(tmp_path / "state")}
     done = subprocess.run(

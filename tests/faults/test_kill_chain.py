@@ -325,6 +325,27 @@ def test_judging_a_live_version_anew_changes_its_verdict_but_not_what_it_came_fr
     assert len(registry.versions_made) == 2
 
 
+def test_what_an_orphaned_training_left_meanwhile_is_neither_registered_nor_packed_for_the_judged_run(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_given: object) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(register, "package_archive", killed)
+        chain(tmp_path, "one")
+    assert (tmp_path / "one" / "registration.json").exists()
+    assert not (tmp_path / "one" / "archive.json").exists()
+    train(tmp_path / "one" / "train", "orphan")
+    for lost in ("registration.json", None):
+        with pytest.raises(TorchrelayError, match="was left by run orphan"):
+            chain(tmp_path, "one")
+        assert not (tmp_path / "one" / "archive.json").exists()
+        if lost:
+            (tmp_path / "one" / lost).unlink()
+    assert "dev-live" not in registry.aliases_set
+
+
 def test_an_archive_signed_by_a_lost_key_is_packed_and_signed_anew_as_it_was(
     registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ from filelock import FileLock
 
 from torchrelay import archive, components, lineage
 from torchrelay.config import component, read_json, settings, site, write_json
-from torchrelay.errors import ArchiveError
+from torchrelay.errors import ArchiveError, TorchrelayError
 from torchrelay.handover import (
     ArchiveRecord,
     DataVersion,
@@ -29,7 +29,7 @@ _OF_A_VERSION = ("registration.json", "archive.json", "proof.json", "deploy/dev.
 def register_model(name: str, train: Path, verdict: Verdict, data: DataVersion, output: Path) -> Registration:
     """The model version of the run in `train`: found if it exists, made if not, with its verdict and lineage on it."""
     again = f"make deploy-dev COMPONENT={name}"
-    run = read_json(TrainedRun, train / "run.json", again)
+    run = _run_in(train, verdict.run_id, name)
     tracking = Tracking(site().tracking.url)
     tags = lineage.tags(
         component=name,
@@ -49,6 +49,15 @@ def register_model(name: str, train: Path, verdict: Verdict, data: DataVersion, 
     registration = Registration(component=name, version=version.version, run_id=run.run_id)
     write_json(output, registration)
     return registration
+
+
+def _run_in(train: Path, expected: str, name: str) -> TrainedRun:
+    """The run that left `train`; TorchrelayError if it is another than expected: an orphaned training may end late."""
+    again = f"make deploy-dev COMPONENT={name}"
+    run = read_json(TrainedRun, train / "run.json", again)
+    if run.run_id != expected:
+        raise TorchrelayError(f"{train} was left by run {run.run_id}", f"run {expected}, which was judged", again)
+    return run
 
 
 def _parent_run(tracking: Tracking, name: str, verdict: Verdict) -> str | None:
@@ -133,6 +142,7 @@ def _signed_anew(error: ArchiveError, digest: str, registration: Registration, t
 def _packed(name: str, registration: Registration, train: Path, folder: Path) -> Manifest:
     environment = components.environment(name).name
     manifest = archive.pack(components.folder(name), train, registration, environment, folder)
+    _run_in(train, registration.run_id, name)
     keys = archive.ensure_key(settings().keys / "dev")
     archive.sign(folder, keys.private)
     return manifest
