@@ -90,10 +90,10 @@ def test_callers_cannot_set_the_handlers_id_or_envoys_own_headers(place: Gateway
 
 def test_two_ids_count_as_malformed(place: GatewayPlace) -> None:
     start = b"POST /predictions/digits HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: 0\r\n"
-    answer = raw(place, start + b"x-request-id: a\r\nx-request-id: b\r\n\r\n")
+    answer = raw(place, start + b"x-request-id: first\r\nx-request-id: second\r\n\r\n")
     assert answer.startswith("HTTP/1.1 200")
     assert answer.lower().count("\r\nx-request-id:") == 1
-    assert "x-request-id: a" not in answer.lower()
+    assert "first" not in answer and "second" not in answer
 
 
 def raw(place: GatewayPlace, request: bytes) -> str:
