@@ -8,6 +8,7 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 COMPONENT ?=
+VERSION ?=
 RELAY := .venv/bin/torchrelay
 COMPONENT_FLAG = $(if $(COMPONENT),--component '$(COMPONENT)')
 
@@ -22,7 +23,7 @@ doctor: .venv/run.stamp ## Look for what would make a later step fail, with a re
 	$(RELAY) doctor
 
 ##@ Development perimeter
-.PHONY: deploy-dev plan status up down clean
+.PHONY: deploy-dev plan status up down gc clean
 deploy-dev: .venv/run.stamp ## From the dataset to a served prediction [COMPONENT=…]
 	$(RELAY) deploy-dev $(COMPONENT_FLAG)
 
@@ -38,8 +39,28 @@ up: .venv/run.stamp ## Start the tracking server and the perimeter, with the ver
 down: .venv/run.stamp ## Stop every process that was started here; keeps all data
 	$(RELAY) down
 
+gc: .venv/run.stamp ## Say what may be deleted to free disk space, and why the rest stays; then do it [CONFIRM=yes]
+	$(RELAY) gc $(if $(CONFIRM),--confirm '$(CONFIRM)')
+
 clean: .venv/run.stamp ## Stop everything and remove what was made here [CONFIRM=yes]
 	$(RELAY) clean $(if $(CONFIRM),--confirm '$(CONFIRM)')
+
+##@ Production
+.PHONY: promote rollback history why rotate-keys
+promote: .venv/run.stamp ## Ask for a version in production and follow its roll-out [COMPONENT=… VERSION=…]
+	$(RELAY) promote $(COMPONENT_FLAG) $(if $(VERSION),--version '$(VERSION)')
+
+rollback: .venv/run.stamp ## Go back to what served healthy before, in seconds [COMPONENT=… TO=…]
+	$(RELAY) rollback $(COMPONENT_FLAG) $(if $(TO),--to '$(TO)')
+
+history: .venv/run.stamp ## Show the ledger: roll-outs, refusals, rollbacks [PERIMETER=dev]
+	$(RELAY) history $(if $(PERIMETER),--perimeter '$(PERIMETER)')
+
+why: .venv/run.stamp ## Walk from an answer back to archive, run, data and commit [ID=x-request-id]
+	$(RELAY) why $(if $(ID),--id '$(ID)')
+
+rotate-keys: .venv/run.stamp ## Give a perimeter a new webhook secret and signing key, while it serves [PERIMETER=production]
+	$(RELAY) rotate-keys $(if $(PERIMETER),--perimeter '$(PERIMETER)')
 
 ##@ Components
 .PHONY: new-component environment

@@ -33,7 +33,7 @@ def component_python() -> str:
 def free_port_base(count: int = 100) -> int:
     """The first of `count` ports that nobody listens on, found by binding them all."""
     for base in range(20000 + os.getpid() % 100 * 100, 60000, count):
-        if all(_free(port) for port in range(base, base + 60)):
+        if all(_free(port) for port in range(base, base + count)):
             return base
     raise RuntimeError("no free range of ports")
 

@@ -3,11 +3,14 @@
 import contextlib
 import http.client
 import json
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,19 +38,28 @@ def wait_for_port(port: int) -> None:
 
 
 @contextlib.contextmanager
-def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: list[str], log: Path, ended_by: signal.Signals = signal.SIGTERM
+) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("ab") as output, subprocess.Popen(command, stdout=output, stderr=output) as process:
         try:
             yield process
         finally:
-            process.terminate()
+            process.send_signal(ended_by)
 
 
 @contextlib.contextmanager
-def upstream(folder: Path, version: str = "7") -> Iterator[int]:
+def upstream(
+    folder: Path,
+    version: str = "7",
+    ended_by: signal.Signals = signal.SIGTERM,
+    port: int | None = None,
+    mode: str = "well",
+) -> Iterator[int]:
     """Yields the port of a running upstream; it is stopped when the context ends."""
-    port = free_port()
-    with running([sys.executable, str(UPSTREAM), str(port), version], folder / f"upstream-{version}.log"):
+    port = port or free_port()
+    command = [sys.executable, str(UPSTREAM), str(port), version, mode]
+    with running(command, folder / f"upstream-{version}.log", ended_by):
         wait_for_port(port)
         yield port
 
@@ -66,12 +78,31 @@ def envoy(folder: Path) -> Iterator[GatewayPlace]:
         yield place
 
 
+def endpoint(port: int, **others: object) -> Endpoint:
+    return Endpoint.model_validate({"host": "127.0.0.1", "port": port, **others})
+
+
+def modelled(port: int, **others: object) -> Endpoint:
+    """An endpoint whose health is its model's, as TorchServe's is."""
+    return endpoint(port, health_path="/models/digits/7", health_text='"status": "READY"', **others)
+
+
+def tell(port: int, path: str) -> dict[str, Any]:
+    """Ask the upstream itself: `/be/MODE`, `/seen`."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        connection.request("GET", path)
+        return Reply(connection.getresponse()).json()
+    finally:
+        connection.close()
+
+
 def backend(port: int, version: str = "7", **others: object) -> Backend:
     fields: dict[str, object] = {
         "component": "digits",
         "version": version,
         "digest": DIGEST,
-        "endpoints": (Endpoint(host="127.0.0.1", port=port),),
+        "endpoints": (endpoint(port),),
         "path": f"/predictions/digits/{version}",
         "timeout_s": 5,
     }
@@ -97,6 +128,27 @@ class Reply:
         return content
 
 
+def is_error(reply: Reply, status: int, request_id: str | None = None) -> str:
+    """The error's text, once everything that callers rely on has been checked."""
+    assert reply.status == status
+    assert reply.header("content-type") == "application/json"
+    content = reply.json()
+    assert set(content) == {"error", "request_id"}
+    assert content["request_id"] == reply.header("x-request-id")
+    assert request_id in {None, content["request_id"]}
+    assert not {"x-torchrelay-own-reply", "x-envoy-ratelimited"} & set(dict(reply.headers))
+    return str(content["error"])
+
+
+def until(condition: Callable[[], bool], seconds: float = 10) -> float:
+    """Wait for it; how many seconds that took."""
+    start = time.monotonic()
+    while not condition():
+        assert time.monotonic() - start < seconds, f"not within {seconds} s"
+        time.sleep(0.02)
+    return time.monotonic() - start
+
+
 def ask(
     place: GatewayPlace,
     path: str = "/predictions/digits",
@@ -112,4 +164,46 @@ def ask(
             connection.request(method, path, body=body, headers=headers or {})
         return Reply(connection.getresponse())
     finally:
+        connection.close()
+
+
+class Clients:
+    """Clients that loop on kept connections; what they saw is in `answers` and `failures`."""
+
+    def __init__(
+        self, place: GatewayPlace, count: int, path: str = "/predictions/digits", body: bytes = b"{}" * 500
+    ) -> None:
+        self.place, self.path, self.body = place, path, body
+        self.answers: Counter[str] = Counter()
+        self.failures: list[str] = []
+        self.stopping = threading.Event()
+        self.threads = [threading.Thread(target=self.loop, args=(number,)) for number in range(count)]
+
+    @contextlib.contextmanager
+    def looping(self) -> Iterator["Clients"]:
+        for thread in self.threads:
+            thread.start()
+        try:
+            yield self
+        finally:
+            self.stopping.set()
+            for thread in self.threads:
+                thread.join()
+
+    def loop(self, number: int) -> None:
+        connection = http.client.HTTPConnection("127.0.0.1", self.place.port, timeout=20)
+        # Half of them are always in flight when something changes.
+        headers = {"x-mimic": "slow=0.05"} if number % 2 else {}
+        while not self.stopping.is_set():
+            try:
+                connection.request("POST", self.path, body=self.body, headers=headers)
+                reply = Reply(connection.getresponse())
+            except OSError as error:
+                self.failures.append(repr(error))
+                connection.close()
+                continue
+            if reply.status == 200:
+                self.answers[reply.header("x-model-version")] += 1
+            else:
+                self.failures.append(f"{reply.status} {reply.body!r}")
         connection.close()

@@ -9,9 +9,9 @@ import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from torchrelay.errors import ConfigError
 
@@ -38,6 +38,11 @@ class Metric(Frozen):
         ge=0,
         description="How far below the version in service a candidate may fall; null: the two are not compared.",
     )
+    allowed_slice_regression: float | None = Field(
+        0.05,
+        ge=0,
+        description="How far any slice of the test set (each class at least) may fall at a promotion; null: any.",
+    )
 
 
 class Golden(Frozen):
@@ -63,12 +68,60 @@ class Serving(Frozen):
     max_batch_delay_ms: int = Field(1, ge=1, description="Longest wait for a batch to fill, in milliseconds.")
     response_timeout_s: int = Field(30, ge=1, description="After this a request is given up, in seconds.")
     max_body_bytes: int = Field(4 * 2**20, ge=1024, description="Larger request bodies get a 413.")
+    max_requests_per_s: int | None = Field(
+        None, ge=1, description="More requests a second than this get a 429, at once; null: no limit."
+    )
 
 
 class Latency(Frozen):
     """The latency objective."""
 
     p99_ms: float = Field(100.0, gt=0, description="99th percentile at the gateway, in milliseconds.")
+
+
+class Stage(Frozen):
+    """One step on a candidate's way to all requests."""
+
+    weight: int = Field(ge=0, le=99, description="Percent of the requests that the candidate answers; 0: shadow.")
+    bake_s: float = Field(20.0, ge=0, description="Shortest stay in this stage, in seconds.")
+    min_requests: int = Field(50, ge=0, description="Requests to the candidate that a decision needs.")
+
+    @property
+    def shadow(self) -> bool:
+        """Whether the candidate gets copies of requests, whose answers nobody but us sees."""
+        return self.weight == 0
+
+
+class Rollout(Frozen):
+    """Progressive delivery in production: stages, then all requests. A breach of any rule reverts by itself."""
+
+    stages: tuple[Stage, ...] = Field(
+        (Stage(weight=0), Stage(weight=5), Stage(weight=25)),
+        description="In this order, before all requests; none: at once, when it is loaded and proven.",
+    )
+    max_error_excess: float = Field(
+        0.01, ge=0, le=1, description="How much larger its share of failed requests may be than the live version's."
+    )
+    max_slow_excess: float = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="How much larger its share of requests over latency.p99_ms may be than the live version's.",
+    )
+    max_disagreement: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="Share of shadowed requests on which its answer may differ from the live version's.",
+    )
+    alpha: float = Field(
+        1e-4, gt=0, lt=1, description="Chance that a rule ever stops a candidate that keeps it, over a whole roll-out."
+    )
+    little_traffic: Literal["replay", "wait"] = Field(
+        "replay",
+        description="When a stage has baked with fewer than min_requests: replay logged requests and go on, or wait.",
+    )
+    replay_requests: int = Field(200, ge=0, description="Logged production requests that are replayed, at most.")
 
 
 class Monitoring(Frozen):
@@ -89,6 +142,7 @@ class Component(Frozen):
     training: Training = Training()
     serving: Serving = Serving()
     latency: Latency = Latency()
+    rollout: Rollout = Rollout()
     monitoring: Monitoring = Monitoring()
 
 
@@ -108,6 +162,8 @@ class Settings(Frozen):
     torch_index: str | None = Field(
         None, description="Package index asked for torch when pip's own configuration has no build for the variant."
     )
+    production_nodes: int = Field(2, ge=1, le=2, description="Serving nodes of local production; 1 on a small laptop.")
+    poll_s: int = Field(30, ge=1, description="How often production looks at the registry when nothing wakes it.")
     components: dict[Name, Json] = Field(
         default_factory=dict, description="Overrides laid over a component's component.yaml, by name."
     )
@@ -119,6 +175,7 @@ class Node(Frozen):
     name: str
     folder: Path = Field(description="The node's own folder, on the node.")
     connection: Literal["local"] = "local"
+    holds: bool = Field(True, description="Whether engines run there.")
 
 
 class Perimeter(Frozen):
@@ -126,7 +183,22 @@ class Perimeter(Frozen):
 
     alias: str = Field(description="The MLflow alias that is this perimeter's request.")
     gateway: str = Field(description="URL that callers use, without a trailing slash.")
-    nodes: tuple[Node, ...]
+    nodes: tuple[Node, ...] = Field(description="The machines that hold versions; one may be the gateway's as well.")
+    gateway_node: str = Field(description="Name of the node whose `apply` renders the gateway's routes.")
+    progressive: bool = Field(False, description="Whether versions come in by the stages of their roll-out policy.")
+    keeps_last: bool = Field(
+        False, description="Whether what serves goes on serving when the alias, or its version, is deleted."
+    )
+    warm: int = Field(0, ge=0, description="How many versions that served before stay loaded, for a fast rollback.")
+    orchestrator: str | None = Field(None, description="URL of the service that alone converges it, if one does.")
+    poll_s: int = Field(30, ge=1, description="How often that service looks, unless something wakes it.")
+    admits: Path | None = Field(None, description="Public key that an archive must carry to be considered at all.")
+
+    @model_validator(mode="after")
+    def _has_its_gateway(self) -> Self:
+        if self.gateway_node not in [node.name for node in self.nodes]:
+            raise ValueError(f"gateway_node {self.gateway_node!r} is none of the perimeter's nodes")
+        return self
 
 
 class TrackingServer(Frozen):
@@ -165,7 +237,9 @@ class NodeConfig(Frozen):
     environments: Path = Field(description="Folder of the component environments, by name.")
     java_home: Path
     trust: Path = Field(description="Public key (PEM) that archives must be signed for.")
-    gateway: GatewayPlace
+    predictions: Path = Field(description="Folder of the prediction log, a folder a component.")
+    gateway: GatewayPlace | None = Field(None, description="Where this node renders a gateway's routes, if it does.")
+    holds: bool = Field(True, description="Whether engines run on this node.")
 
 
 def root() -> Path:
@@ -222,7 +296,7 @@ def settings() -> Settings:
     merged = read_yaml(folder / "defaults.yaml")
     if overlay.is_file() or "TORCHRELAY_CONFIG" in os.environ:
         merged = merge(merged, read_yaml(overlay))
-    for key in ("component", "state", "keys", "port_base", "inventory", "variant"):
+    for key in ("component", "state", "keys", "port_base", "inventory", "variant", "production_nodes", "poll_s"):
         if value := os.environ.get(f"TORCHRELAY_{key.upper()}"):
             merged[key] = value
     found = validated(Settings, merged, overlay if overlay.is_file() else folder / "defaults.yaml")

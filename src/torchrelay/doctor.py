@@ -34,18 +34,23 @@ class Finding:
 
 
 def diagnose() -> list[Finding]:
-    """Look at everything, in parallel; a check that cannot look is a finding itself. Changes nothing."""
+    """Look at everything, in parallel; a check that cannot look is a finding itself. Changes nothing.
+
+    Where an orchestrator runs, MLflow is asked to send it one trial event, which makes it look at the registry.
+    """
     with ThreadPoolExecutor(max_workers=len(_CHECKS)) as pool:
-        return list(pool.map(_checked, _CHECKS))
+        return [finding for found in pool.map(_checked, _CHECKS) for finding in found]
 
 
-def _checked(check: Callable[[], Finding]) -> Finding:
+def _checked(check: "_Check") -> list[Finding]:
+    name = check.__name__.replace("_", " ")
     try:
-        return check()
+        found = check()
     except TorchrelayError as error:
-        return Finding(check.__name__.replace("_", " "), False, error.found, error.next_command)
+        return [Finding(name, False, error.found, error.next_command)]
     except OSError as error:
-        return Finding(check.__name__.replace("_", " "), False, str(error), "mend what is named here")
+        return [Finding(name, False, str(error), "mend what is named here")]
+    return [found] if isinstance(found, Finding) else found
 
 
 def python() -> Finding:
@@ -143,18 +148,24 @@ def ports() -> Finding:
 
 
 def keys() -> Finding:
-    """Private keys are their owner's alone and lie outside the checkout."""
-    private = sorted(settings().keys.glob("*/signing.pem"))
-    shared = [path for path in private if stat.S_IMODE(path.stat().st_mode) & 0o077]
+    """Keys are their owner's alone, folders and files, and lie outside the checkout."""
+    found = sorted(settings().keys.glob("*/*"))
+    secret = [path for path in found if path.suffix != ".pub"]
+    shared = [path for path in (*{path.parent for path in found}, *secret) if _mode(path) & 0o077]
     inside = settings().keys.resolve().is_relative_to(root().resolve() / "src")
-    inside = inside or any(_tracked(path) for path in private)
+    inside = inside or any(_tracked(path) for path in secret)
     if shared:
-        return Finding("keys", False, f"others may use {', '.join(map(str, shared))}", f"chmod 600 {shared[0]}")
+        remedy = "; ".join(f"chmod {'700' if path.is_dir() else '600'} {path}" for path in shared)
+        return Finding("keys", False, f"others may use {', '.join(map(str, shared))}", remedy)
     if inside:
         return Finding(
             "keys", False, f"git knows of keys in {settings().keys}", "git rm --cached them, then make new ones"
         )
-    return Finding("keys", True, f"{len(private)} in {settings().keys}", "")
+    return Finding("keys", True, f"{len(list(settings().keys.glob('*/signing.pem')))} in {settings().keys}", "")
+
+
+def _mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
 
 
 def java() -> Finding:
@@ -238,9 +249,59 @@ def tracking() -> Finding:
     return Finding("tracking", healthy, found, f"read {settings().state / 'logs' / 'tracking.log'}, then make up")
 
 
-_CHECKS: tuple[Callable[[], Finding], ...] = (
+def orchestrators() -> list[Finding]:
+    """Each perimeter's orchestrator answers while the site runs."""
+    return [_orchestrator(name, url) for name, url in _orchestrators()]
+
+
+def _orchestrator(name: str, url: str) -> Finding:
+    import urllib3
+
+    try:
+        answer = urllib3.request("GET", f"{url}/healthz", timeout=2, retries=False)
+        found = f"{url} answers" if answer.status == 200 else f"{url}/healthz was answered with {answer.status}"
+    except urllib3.exceptions.HTTPError:
+        found = f"{url} does not answer"
+    remedy = f"read {settings().state / 'logs' / f'{name}-orchestrator.log'}, then make up"
+    return Finding(f"{name} orchestrator", found == f"{url} answers", found, remedy)
+
+
+def webhooks() -> list[Finding]:
+    """An alias that is set wakes the orchestrator, as far as MLflow's known ways to drop events are ruled out."""
+    from torchrelay.tracking import Tracking
+
+    there = [name for name, _ in _orchestrators()]
+    if not there or not Tracking(site().tracking.url).healthy():
+        return []
+    environment = _tracking_environment()
+    return [finding for name in there for finding in _webhook_findings(name, environment)]
+
+
+def _webhook_findings(perimeter: str, environment: dict[str, str] | None) -> list[Finding]:
+    from torchrelay.webhooks import findings, webhook_place
+
+    place = webhook_place(site(), perimeter)
+    found = findings(place.tracking_url, place.target_url, place.name, place.folder, environment)
+    return [Finding(one.name, one.ok, one.found, one.remedy) for one in found]
+
+
+def _orchestrators() -> list[tuple[str, str]]:
+    """Name and URL of every perimeter's orchestrator that should run now."""
+    if not _configured() or not _supervised():
+        return []
+    return [(name, one.orchestrator) for name, one in site().perimeters.items() if one.orchestrator]
+
+
+def _tracking_environment() -> dict[str, str] | None:
+    """The running tracking server's environment; None where it is not ours to see."""
+    port = int(site().tracking.url.rpartition(":")[2])
+    return next((found for pid in _listeners(port) if (found := _environment(pid))), None)
+
+
+_Check = Callable[[], Finding | list[Finding]]
+_CHECKS: tuple[_Check, ...] = (
     *(python, make, git, clock, disk, memory, packages, java, gateway),
-    *(keys, environments, data_remote, ports, supervisor, tracking),
+    *(keys, environments, data_remote, ports, supervisor, tracking, orchestrators, webhooks),
 )
 
 

@@ -115,7 +115,7 @@ class Proof(Frozen):
 
 
 class WantedVersion(Frozen):
-    """One version that a node must answer for."""
+    """One version that a node must hold."""
 
     component: str
     version: str
@@ -127,27 +127,81 @@ class WantedVersion(Frozen):
     max_batch_delay_ms: int
     response_timeout_s: int
     max_body_bytes: int
+    max_requests_per_s: int | None = None
+    keep_inputs: bool = False
+
+
+class Endpoint(Frozen):
+    """Where one engine instance answers for one version, and where it says whether that version is healthy."""
+
+    host: str
+    port: int = Field(ge=1, le=65535)
+    health_port: int | None = Field(None, ge=1, le=65535, description="None: the same port.")
+    health_path: str = "/ping"
+    health_text: str = Field("", description="What a healthy answer must contain, beside status 200.")
+
+
+class RoutedVersion(Frozen):
+    """One version that a gateway must send requests to."""
+
+    version: WantedVersion
+    weight: int = Field(100, ge=0, le=100, description="Percent of the component's requests.")
+    mirror: bool = Field(False, description="Copies of all requests, whose answers nobody gets; the weight is 0.")
+    endpoints: tuple[Endpoint, ...] = Field((), description="On the nodes that hold it; none: on this very node.")
+    path: str = Field("", description="What their engine calls it; empty: as this node's own engine does.")
 
 
 class Desired(Frozen):
-    """`desired.json` on a node: all that it must serve. What is not named here is taken away."""
+    """`desired.json` on a node: all that it must hold, and route if it has a gateway. The rest is taken away."""
 
     perimeter: str
-    components: tuple[WantedVersion, ...]
+    components: tuple[WantedVersion, ...] = Field(description="Several versions of one component may be held.")
+    routes: tuple[RoutedVersion, ...] = ()
+    token: int = Field(0, description="The converger's fencing token: a node refuses one below what it has seen.")
 
 
-class ServedVersion(Frozen):
-    """What one node answers for one component."""
+class HeldVersion(Frozen):
+    """A version that an engine on a node holds."""
 
     component: str
     version: str
     digest: str
     healthy: bool
     changed: bool = Field(False, description="Whether this apply had to do anything for it.")
+    endpoint: Endpoint
+    path: str
+
+
+class RouteShare(Frozen):
+    """What a gateway really does with one version."""
+
+    component: str
+    version: str
+    digest: str
+    weight: int
+    mirror: bool = False
+    endpoints: tuple[Endpoint, ...] = ()
+
+
+class Fault(Frozen):
+    """Why a version could not be brought up."""
+
+    component: str
+    version: str
+    found: str
+    expected: str
+    next_command: str
+    final: bool = Field(description="Whether the version itself is to blame, so that trying again is no use.")
 
 
 class NodeReport(Frozen):
-    """What `apply` prints: what the node really serves."""
+    """What `apply` and `observe` print: what the node really holds and routes."""
 
     node: str
-    served: tuple[ServedVersion, ...]
+    held: tuple[HeldVersion, ...] = ()
+    routed: tuple[RouteShare, ...] | None = Field(None, description="None: the node has no gateway.")
+    gateway_healthy: bool | None = None
+    draining: tuple[str, ...] = Field((), description="component@version that still have requests in flight.")
+    faults: tuple[Fault, ...] = ()
+    changed: tuple[str, ...] = Field((), description="Components whose routes were changed by this apply.")
+    told: Desired | None = Field(None, description="What it goes back to by itself: what it last reached.")

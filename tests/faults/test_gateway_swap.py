@@ -1,11 +1,9 @@
-"""The gateway's promise: whatever is swapped, drained and stopped behind it, no caller sees a failed request."""
+"""The gateway's promise: whatever is swapped, drained, stopped or killed behind it, no caller sees a failed request."""
 
 import contextlib
 import http.client
-import threading
+import signal
 import time
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,46 +18,6 @@ pytestmark = pytest.mark.real
 SWAPS = 20
 
 
-class Clients:
-    """Clients that loop on kept connections; what they saw is in `answers` and `failures`."""
-
-    def __init__(self, place: GatewayPlace, count: int) -> None:
-        self.place = place
-        self.answers: Counter[str] = Counter()
-        self.failures: list[str] = []
-        self.stopping = threading.Event()
-        self.threads = [threading.Thread(target=self.loop, args=(number,)) for number in range(count)]
-
-    @contextlib.contextmanager
-    def looping(self) -> Iterator["Clients"]:
-        for thread in self.threads:
-            thread.start()
-        try:
-            yield self
-        finally:
-            self.stopping.set()
-            for thread in self.threads:
-                thread.join()
-
-    def loop(self, number: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.place.port, timeout=20)
-        # Half of them are always in flight when something changes.
-        headers = {"x-mimic": "slow=0.05"} if number % 2 else {}
-        while not self.stopping.is_set():
-            try:
-                connection.request("POST", "/predictions/digits", body=b"{}" * 500, headers=headers)
-                reply = rig.Reply(connection.getresponse())
-            except OSError as error:
-                self.failures.append(repr(error))
-                connection.close()
-                continue
-            if reply.status == 200:
-                self.answers[reply.header("x-model-version")] += 1
-            else:
-                self.failures.append(f"{reply.status} {reply.body!r}")
-        connection.close()
-
-
 def drain(place: GatewayPlace, version: str) -> None:
     end = time.monotonic() + 10
     while gateway.in_flight(place, "digits", version):
@@ -71,7 +29,7 @@ def test_no_request_is_lost_over_many_swaps(tmp_path: Path) -> None:
     with rig.envoy(tmp_path) as place, contextlib.ExitStack() as old:
         first = old.enter_context(rig.upstream(tmp_path, "0"))
         gateway.apply_routes(place, Routes(backends=(rig.backend(first, "0"),)))
-        with Clients(place, 8).looping() as clients:
+        with rig.Clients(place, 8).looping() as clients:
             for number in range(1, SWAPS + 1):
                 new = contextlib.ExitStack()
                 port = new.enter_context(rig.upstream(tmp_path, str(number)))
@@ -83,6 +41,56 @@ def test_no_request_is_lost_over_many_swaps(tmp_path: Path) -> None:
         assert clients.failures == []
         assert set(clients.answers) == {str(number) for number in range(SWAPS + 1)}
         assert gateway.retries(place) == 0
+
+
+def test_no_request_is_lost_from_shadow_to_all(tmp_path: Path) -> None:
+    """Five roll-outs by stages; each candidate hangs while it is a shadow, and is well when it answers callers."""
+    with rig.envoy(tmp_path) as place, contextlib.ExitStack() as old:
+        live = rig.backend(old.enter_context(rig.upstream(tmp_path, "0")), "0")
+        gateway.apply_routes(place, Routes(backends=(live,)))
+        with rig.Clients(place, 8).looping() as clients:
+            for number in range(1, 6):
+                new = contextlib.ExitStack()
+                port = new.enter_context(rig.upstream(tmp_path, str(number)))
+                for weight in (0, 5, 25, 100):
+                    rig.tell(port, "/be/well" if weight else "/be/hanging")
+                    candidate = rig.backend(port, str(number), weight=weight, mirror=not weight)
+                    staying = live.model_copy(update={"weight": 100 - weight})
+                    gateway.apply_routes(place, Routes(backends=(staying, candidate)))
+                    time.sleep(0.3)
+                gateway.apply_routes(place, Routes(backends=(candidate,)))
+                drain(place, live.version)
+                old.close()
+                old.push(new)
+                assert gateway.prune(place) == [live.cluster]
+                live = candidate
+        assert clients.failures == []
+        assert set(clients.answers) == {str(number) for number in range(6)}
+        assert gateway.retries(place) == 0
+
+
+def test_an_engine_that_dies_comes_back_empty_and_recovers_costs_no_request(tmp_path: Path) -> None:
+    """One of two, under more clients than the gateway may retry by share alone."""
+    with rig.envoy(tmp_path) as place, rig.upstream(tmp_path, "one") as one, contextlib.ExitStack() as first:
+        two = first.enter_context(rig.upstream(tmp_path, "two", signal.SIGKILL))
+        points = rig.modelled(one), rig.modelled(two)
+        gateway.apply_routes(place, Routes(backends=(rig.backend(one, endpoints=points),)))
+        with rig.Clients(place, 40).looping() as clients:
+            rig.until(lambda: clients.answers["two"] > 100)
+            first.close()
+            time.sleep(3)
+            with rig.upstream(tmp_path, "again", port=two, mode="empty"):
+                time.sleep(3)
+                assert clients.answers["again"] == 0
+                rig.tell(two, "/be/well")
+                rig.until(lambda: clients.answers["again"] > 0, 2)
+                rig.tell(two, "/be/dead")
+                time.sleep(1)
+                rig.tell(two, "/be/well")
+                time.sleep(1)
+                clients.stopping.set()
+        assert clients.failures == []
+        assert gateway.retries(place) > 0
 
 
 def test_a_slow_upload_ends_where_it_began(tmp_path: Path) -> None:
@@ -108,7 +116,7 @@ def test_a_slow_upload_ends_where_it_began(tmp_path: Path) -> None:
 def test_a_refused_configuration_costs_no_request(tmp_path: Path) -> None:
     with rig.envoy(tmp_path) as place, rig.upstream(tmp_path, "1") as port:
         gateway.apply_routes(place, Routes(backends=(rig.backend(port, "1"),)))
-        with Clients(place, 4).looping() as clients:
+        with rig.Clients(place, 4).looping() as clients:
             for _ in range(5):
                 with pytest.raises(ServingError):
                     gateway.apply_routes(place, Routes(backends=(rig.backend(port, "2", path="/a\nb"),)))

@@ -14,7 +14,16 @@ import pytest
 from torchrelay import archive
 from torchrelay.config import GatewayPlace, NodeConfig, write_json
 from torchrelay.errors import ArchiveError, ServingError
-from torchrelay.handover import Desired, Environment, GoldenSet, Manifest, WantedVersion
+from torchrelay.handover import (
+    Desired,
+    Endpoint,
+    Environment,
+    GoldenSet,
+    Manifest,
+    RoutedVersion,
+    RouteShare,
+    WantedVersion,
+)
 from torchrelay.serving import apply, gateway
 from torchrelay.serving.engine import Answer, Instance, Loaded, Program
 
@@ -88,8 +97,8 @@ class SimulatedEngine:
     def unload(self, component: str, version: str) -> None:
         self.world.effect(lambda: self._mine().pop((component, version)))
 
-    def address(self) -> tuple[str, int]:
-        return "127.0.0.1", self.instance.ports[0]
+    def endpoint(self, component: str, version: str) -> Endpoint:
+        return Endpoint(host="127.0.0.1", port=self.instance.ports[0])
 
     def path(self, component: str, version: str) -> str:
         return f"/{component}/{version}"
@@ -150,6 +159,8 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         ),
         (gateway, "healthy"): lambda place: True,
         (gateway, "live_backends"): lambda place: made.routes,
+        (gateway, "shares"): lambda place: tuple(map(share, made.routes)),
+        (gateway, "draining"): lambda place: (),
         (gateway, "in_flight"): lambda place, component, version: 0,
         (gateway, "prune"): lambda place: [],
         (gateway, "apply_routes"): routes,
@@ -159,6 +170,10 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     for (owner, name), value in replaced.items():
         monkeypatch.setattr(owner, name, value)
     yield made
+
+
+def share(backend: gateway.Backend) -> RouteShare:
+    return RouteShare(**backend.model_dump(include=set(RouteShare.model_fields)))
 
 
 @pytest.fixture
@@ -177,6 +192,7 @@ def node(tmp_path: Path) -> NodeConfig:
         environments=tmp_path / "environments",
         java_home=tmp_path,
         trust=tmp_path / "signing.pub",
+        predictions=tmp_path / "predictions",
         gateway=GatewayPlace(folder=tmp_path, port=49020, admin_port=49021),
     )
 
@@ -200,7 +216,8 @@ def desired(*versions: str) -> Desired:
                 max_body_bytes=1024,
             )
         )
-    return Desired(perimeter="dev", components=tuple(wanted))
+    routes = tuple(RoutedVersion(version=version) for version in wanted)
+    return Desired(perimeter="dev", components=tuple(wanted), routes=routes)
 
 
 def served(world: World) -> set[str]:
@@ -281,7 +298,7 @@ def test_what_was_reached_stays_when_the_old_version_cannot_be_taken_away(
     with monkeypatch.context() as patch, pytest.raises(apply.ApplyError, match="does not unload") as caught:
         patch.setattr(SimulatedEngine, "unload", stuck)
         apply.apply(node, desired("a-2-e1"))
-    assert [one.version for one in caught.value.report.served] == ["2"]
+    assert [one.version for one in caught.value.report.routed or ()] == ["2"]
     apply.apply(node)
     assert served(world) == {"a-2-e1"}
 
@@ -297,7 +314,7 @@ def test_what_served_stays_when_the_gateway_refuses_the_new_routes(
     with monkeypatch.context() as patch, pytest.raises(apply.ApplyError, match="Envoy refuses") as caught:
         patch.setattr(gateway, "apply_routes", refuse)
         apply.apply(node, desired("a-2-e1"))
-    assert [one.version for one in caught.value.report.served] == ["1"]
+    assert [one.version for one in caught.value.report.routed or ()] == ["1"]
     assert apply.last_desired(node) == desired("a-1-e1")
 
 
@@ -307,7 +324,8 @@ def test_a_version_that_does_not_load_leaves_what_served(world: World, node: Nod
     with pytest.raises(apply.ApplyError) as caught:
         apply.apply(node, desired("a-2-e1", "b-2-e1"))
     assert served(world) == {"a-1-e1", "b-2-e1"}
-    assert {one.version for one in caught.value.report.served if one.component == "a"} == {"1"}
+    assert {one.version for one in caught.value.report.routed or () if one.component == "a"} == {"1"}
+    assert [(fault.component, fault.version, fault.final) for fault in caught.value.report.faults] == [("a", "2", True)]
     assert apply.last_desired(node) == desired("a-1-e1", "b-2-e1")
 
 
@@ -328,7 +346,7 @@ def test_an_engine_that_came_back_empty_is_loaded_again(world: World, node: Node
     world.routes = routes
     report = apply.apply(node)
     assert served(world) == {"a-1-e1"}
-    assert report.served[0].changed
+    assert report.held[0].changed
 
 
 def test_an_engine_whose_port_somebody_took_meanwhile_gets_another(world: World, node: NodeConfig) -> None:
@@ -350,5 +368,5 @@ def test_an_engine_whose_port_somebody_took_meanwhile_gets_another(world: World,
 def test_nothing_to_do_does_nothing(world: World, node: NodeConfig) -> None:
     apply.apply(node, desired("a-1-e1"))
     world.boundaries = 0
-    assert not apply.apply(node, desired("a-1-e1")).served[0].changed
+    assert not apply.apply(node, desired("a-1-e1")).held[0].changed
     assert world.boundaries == 0

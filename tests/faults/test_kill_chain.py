@@ -13,20 +13,23 @@ import pytest
 import tiny
 from torchrelay import archive, components, ledger, lineage
 from torchrelay.config import Component, Node, Perimeter, Settings, Site, TrackingServer, read_json, write_json
-from torchrelay.delivery import converge
-from torchrelay.delivery.plan import Candidate, refusal
+from torchrelay.delivery import converge, reach, telling
+from torchrelay.delivery import store as memory
+from torchrelay.delivery.admission import refusal
 from torchrelay.errors import ArchiveError, RefusedError, ServingError, TorchrelayError
 from torchrelay.handover import (
     ArchiveRecord,
     DataVersion,
     Desired,
+    Endpoint,
     Environment,
     Evaluation,
+    HeldVersion,
     Manifest,
     NodeReport,
     Proof,
     Registration,
-    ServedVersion,
+    RouteShare,
     TrainedRun,
     Verdict,
 )
@@ -46,7 +49,7 @@ class Registry:
         self.versions_made: list[ModelVersion] = []
         self.aliases_set: dict[str, str] = {}
         self.ledger: dict[str, ledger.Entry] = {}
-        self.served: tuple[ServedVersion, ...] = ()
+        self.desired = Desired(perimeter="dev", components=())
         self.node_fails: TorchrelayError | None = None
         self.boundaries = 0
         self.kill_at: int | None = None
@@ -57,7 +60,7 @@ class Registry:
         for alias, version in self.aliases_set.items():
             held = self.version("tiny", version)
             assert held is not None
-            assert refusal(Candidate("tiny", version, held.tags)) is None, f"{alias} points at a refused version"
+            assert refusal(held) is None, f"{alias} points at a refused version"
         self._boundary()
         return found
 
@@ -94,6 +97,40 @@ class Registry:
     def version(self, name: str, version: str) -> ModelVersion | None:
         return next((one for one in self.versions_made if one.version == version), None)
 
+    @property
+    def served(self) -> list[str]:
+        return [routed.version.version for routed in self.desired.routes]
+
+    def report(self, before: Desired | None = None) -> NodeReport:
+        if self.node_fails:
+            raise self.node_fails
+        held = tuple(
+            HeldVersion(
+                component=one.component,
+                version=one.version,
+                digest=one.digest,
+                healthy=True,
+                changed=before is not None and one not in before.components,
+                endpoint=ENDPOINT,
+                path="/",
+            )
+            for one in self.desired.components
+        )
+        routed = tuple(
+            RouteShare(
+                component=one.version.component,
+                version=one.version.version,
+                digest=one.version.digest,
+                weight=one.weight,
+                endpoints=(ENDPOINT,),
+            )
+            for one in self.desired.routes
+        )
+        return NodeReport(node="dev-1", held=held, routed=routed, gateway_healthy=True, told=self.desired)
+
+    def aliases(self, name: str) -> dict[str, str]:
+        return dict(self.aliases_set)
+
     def models(self) -> dict[str, dict[str, str]]:
         return {"tiny": self.aliases_set}
 
@@ -125,7 +162,10 @@ class Registry:
         return f"http://x/#/experiments/{experiment_id}/runs/{run_id}"
 
 
-PERIMETER = Perimeter(alias="dev", gateway="http://x", nodes=(Node(name="dev-1", folder=Path("/nowhere")),))
+ENDPOINT = Endpoint(host="127.0.0.1", port=1)
+PERIMETER = Perimeter(
+    alias="dev", gateway="http://x", gateway_node="dev-1", nodes=(Node(name="dev-1", folder=Path("/nowhere")),)
+)
 SITE = Site(supervisor=Path("s"), tracking=TrackingServer(url="http://x"), perimeters={"dev": PERIMETER})
 GIT = lineage.GitState(commit="c", dirty=False, tree="t")
 DATA = DataVersion(component="tiny", hash="h")
@@ -143,19 +183,12 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
     def apply_on(node: Node, wanted: Desired) -> tuple[NodeReport, None]:
         if made.node_fails:
             raise made.node_fails
-        before = {one.digest for one in made.served}
-        served = tuple(
-            ServedVersion(
-                component=one.component,
-                version=one.version,
-                digest=one.digest,
-                healthy=True,
-                changed=one.digest not in before,
-            )
-            for one in wanted.components
-        )
-        made.effect(lambda: setattr(made, "served", served))
-        return NodeReport(node=node.name, served=served), None
+        before = made.desired
+        if wanted != before:
+            made.effect(lambda: setattr(made, "desired", wanted))
+        return made.report(before), None
+
+    saved = memory.Store.save
 
     def verify(folder: Path, key: Path, digest: str | None = None) -> Manifest:
         assert archive.digest(folder / "model.mar") == digest
@@ -183,14 +216,17 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
         (register, "component"): lambda name: described,
         (judge, "component"): lambda name: described,
         (ledger, "record"): record,
+        (ledger, "note"): lambda perimeter, entry, outbox: record(None, perimeter, entry, outbox),
         (ledger, "flush_outbox"): lambda tracking, outbox: {},
-        (converge, "_apply_on"): apply_on,
+        (reach, "apply_on"): apply_on,
+        (reach, "observe_on"): lambda node: made.report(),
+        (memory.Store, "save"): lambda self, state, token: made.effect(lambda: saved(self, state, token)),
     }
     for module in (judge, register, deploy, converge):
-        replaced[module, "Tracking"] = lambda url: made
+        replaced[module, "Tracking"] = lambda url, hasty=False: made
     for module in (judge, register, deploy):
         replaced[module, "site"] = lambda: SITE
-    for module in (register, converge):
+    for module in (register, telling, memory):
         replaced[module, "settings"] = lambda: here
     environment = tmp_path / "environment.json"
     environment.write_text(ENVIRONMENT.model_dump_json())
@@ -257,7 +293,7 @@ def test_killed_at_any_boundary_a_rerun_ends_with_one_version_per_run_which_is_l
         runs = [one.run_id for one in registry.versions_made]
         assert len(set(runs)) == len(runs) == attempt
         assert registry.aliases_set == {"dev": str(attempt), "dev-live": str(attempt)}
-        assert [one.version for one in registry.served] == [str(attempt)]
+        assert registry.served == [str(attempt)]
         assert [entry.to_version for entry in registry.ledger.values()] == [str(made) for made in range(1, attempt + 1)]
     assert attempt > 30, "the boundaries were not reached"
 
@@ -275,7 +311,7 @@ def test_a_refused_run_moves_no_alias_whenever_it_is_killed(registry: Registry, 
         with pytest.raises(RefusedError, match="below the floor"):
             chain(tmp_path, run, passed=False)
         assert registry.aliases_set == {"dev": "1", "dev-live": "1"}
-        assert [one.version for one in registry.served] == ["1"]
+        assert registry.served == ["1"]
     assert {entry.kind for entry in registry.ledger.values()} == {"rollout", "refusal"}
 
 
@@ -304,7 +340,7 @@ def test_what_nobody_asks_for_any_more_is_live_no_more_once_no_node_serves_it(
     for _ in range(2):
         converge.converge(SITE, "dev", "test")
         assert registry.aliases_set == {}
-        assert registry.served == ()
+        assert registry.served == []
     kinds = [(entry.kind, entry.from_version, entry.to_version) for entry in registry.ledger.values()]
     assert kinds == [("rollout", None, "1"), ("withdrawal", "1", None)]
 

@@ -4,6 +4,9 @@ import os
 import socket
 import sqlite3
 import subprocess
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -32,25 +35,34 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     config.settings.cache_clear()
 
 
-def site(port: int) -> Path:
-    """A configured site whose tracking server has this port."""
+def site(port: int, orchestrator: str | None = None) -> Path:
+    """A configured site whose tracking server has this port, and perhaps an orchestrator at this URL."""
     state = config.settings().state
     node = state / "perimeters" / "dev" / "nodes" / "dev-1"
     place = GatewayPlace(folder=state, port=port, admin_port=port)
-    paths = dict.fromkeys(("supervisor", "programs", "logs", "environments", "java_home", "trust"), state)
+    paths = dict.fromkeys(
+        ("supervisor", "programs", "logs", "environments", "java_home", "trust", "predictions"), state
+    )
     write_json(
         node / "node.json",
         NodeConfig(name="dev-1", perimeter="dev", folder=node, engine_ports=(1, 2), gateway=place, **paths),
     )
-    perimeter = Perimeter(alias="dev", gateway=f"http://127.0.0.1:{port}", nodes=(Node(name="dev-1", folder=node),))
+    perimeter = Perimeter(
+        alias="dev",
+        gateway=f"http://127.0.0.1:{port}",
+        nodes=(Node(name="dev-1", folder=node),),
+        gateway_node="dev-1",
+        orchestrator=orchestrator,
+    )
     server = TrackingServer(url=f"http://127.0.0.1:{port}")
     write_json(state / "site.json", Site(supervisor=state, tracking=server, perimeters={"dev": perimeter}))
     return state
 
 
 def test_it_looks_at_everything_and_each_ailment_has_a_remedy() -> None:
-    findings = {finding.name: finding for finding in doctor.diagnose()}
-    assert len(findings) == len(doctor.diagnose()) == 15
+    found = doctor.diagnose()
+    findings = {finding.name: finding for finding in found}
+    assert len(findings) == len(found) == 15
     assert findings["python"].ok and findings["git"].ok and findings["java"].ok and findings["gateway"].ok
     assert all(finding.remedy for finding in findings.values() if not finding.ok)
 
@@ -68,14 +80,27 @@ def test_a_missing_lock_is_a_finding(checkout: Path) -> None:
     assert [finding.found for finding in doctor.diagnose() if "run.lock" in finding.found]
 
 
-def test_a_key_that_others_may_read() -> None:
-    private = config.settings().keys / "dev" / "signing.pem"
-    private.parent.mkdir(parents=True)
+@pytest.mark.parametrize("name", ["signing.pem", "webhook.secret", "webhook.secret.previous", "webhook.key"])
+def test_a_key_that_others_may_read(name: str) -> None:
+    private = config.settings().keys / "production" / name
+    private.parent.mkdir(parents=True, mode=0o700)
     private.touch(mode=0o600)
+    private.with_name("signing.pub").touch(mode=0o644)
     assert doctor.keys().ok
-    private.chmod(0o644)
+    private.chmod(0o640)
     assert not doctor.keys().ok
     assert doctor.keys().remedy == f"chmod 600 {private}"
+
+
+def test_a_folder_of_keys_that_others_may_look_into() -> None:
+    private = config.settings().keys / "production" / "signing.pem"
+    private.parent.mkdir(parents=True, mode=0o755)
+    private.touch(mode=0o600)
+    assert not doctor.keys().ok
+    assert doctor.keys().found == f"others may use {private.parent}"
+    assert doctor.keys().remedy == f"chmod 700 {private.parent}"
+    private.parent.chmod(0o700)
+    assert doctor.keys().ok
 
 
 def test_an_environment_that_was_cut_short(tmp_path: Path) -> None:
@@ -127,6 +152,71 @@ def test_a_database_that_is_not_in_wal_mode() -> None:
     connection.execute("PRAGMA journal_mode=wal")
     assert doctor.tracking().ok
     connection.close()
+
+
+@pytest.fixture
+def running(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if supervisord answered."""
+    monkeypatch.setattr(doctor, "_supervised", lambda: True)
+
+
+class Orchestrator(BaseHTTPRequestHandler):
+    """Answers /healthz, and is a tracking server that answers nothing else."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if self.path in {"/healthz", "/health"} else 404)
+        self.send_header("content-length", "0")
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Say nothing."""
+
+
+@pytest.fixture
+def listening() -> Iterator[int]:
+    """The port of an orchestrator that answers."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), Orchestrator) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
+
+
+@pytest.mark.usefixtures("running")
+def test_an_orchestrator_that_answers_and_one_that_does_not(listening: int) -> None:
+    state = site(1, f"http://127.0.0.1:{listening}")
+    (found,) = doctor.orchestrators()
+    assert (found.name, found.ok, found.found) == (
+        "dev orchestrator",
+        True,
+        f"http://127.0.0.1:{listening} answers",
+    )
+    site(1, "http://127.0.0.1:9")
+    (found,) = doctor.orchestrators()
+    assert not found.ok
+    assert str(state / "logs" / "dev-orchestrator.log") in found.remedy
+
+
+def test_an_orchestrator_is_looked_for_only_where_one_should_run(
+    listening: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert doctor.orchestrators() == doctor.webhooks() == []
+    site(listening, f"http://127.0.0.1:{listening}")
+    assert doctor.orchestrators() == doctor.webhooks() == []  # the site is down
+    monkeypatch.setattr(doctor, "_supervised", lambda: True)
+    site(listening)
+    assert doctor.orchestrators() == doctor.webhooks() == []  # no perimeter has one
+    site(9, f"http://127.0.0.1:{listening}")
+    assert doctor.webhooks() == []  # the tracking server is down, which its own finding says
+
+
+@pytest.mark.usefixtures("running")
+def test_webhooks_are_judged_by_the_servers_own_environment(listening: int) -> None:
+    site(listening, f"http://127.0.0.1:{listening}")
+    found = {finding.name: finding for finding in doctor.webhooks()}
+    assert found["webhook key"].found == "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY is not set"  # this very process's
+    assert not found["webhook address"].ok
+    assert not found["webhook"].ok
+    assert all(finding.remedy for finding in found.values())
 
 
 def test_a_clock_behind_the_last_commit(checkout: Path) -> None:

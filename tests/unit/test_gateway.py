@@ -15,13 +15,13 @@ from torchrelay.config import GatewayPlace
 from torchrelay.errors import BusyError, ServingError
 from torchrelay.serving import gateway, ports
 from torchrelay.serving.gateway import Backend, Endpoint, Routes
-from torchrelay.serving.gateway_config import route_file
+from torchrelay.serving.gateway_config import cluster
+from torchrelay.serving.gateway_routes import route_file
 
 
 def backend(component: str = "digits", version: str = "7", port: int = 9000, **others: Any) -> Backend:
-    endpoints = (Endpoint(host="127.0.0.1", port=port),)
-    path = f"/predictions/{component}/{version}"
-    return Backend(component=component, version=version, digest="ab", endpoints=endpoints, path=path, **others)
+    fields = {"endpoints": (Endpoint(host="127.0.0.1", port=port),), "path": f"/predictions/{component}/{version}"}
+    return Backend.model_validate({"component": component, "version": version, "digest": "ab"} | fields | others)
 
 
 def place(folder: Path) -> GatewayPlace:
@@ -36,31 +36,94 @@ def envoy_routes(routes: Routes) -> list[dict[str, Any]]:
     return found
 
 
+def actions(routes: Routes) -> list[dict[str, Any]]:
+    """The routes that lead to a backend."""
+    return [route for route in envoy_routes(routes) if "route" in route]
+
+
 def shares(routes: Routes) -> dict[str, float]:
     """The share of requests with a known length that each cluster gets, as Envoy works out fractions."""
     taken, found = 0.0, {}
-    for route in envoy_routes(routes):
-        fraction = route["match"].get("runtime_fraction")
-        if fraction and "route" in route and len(route["match"]["headers"]) == 1:
+    for route in actions(routes):
+        fraction = route["match"]["runtime_fraction"]
+        if len(route["match"]["headers"]) == 1:
             upto = fraction["default_value"]["numerator"] / 1_000_000
             found[route["route"]["cluster"]] = upto - taken
             taken = upto
     return found
 
 
-def test_a_cluster_is_named_by_all_of_its_backend_but_the_weight() -> None:
-    assert backend(weight=1).cluster == backend(weight=2).cluster
+def test_a_cluster_is_named_by_all_of_its_backend_but_its_share_of_requests() -> None:
+    assert backend(weight=1).cluster == backend(weight=2).cluster == backend(weight=0, mirror=True).cluster
+    assert backend(max_requests_per_s=5).cluster == backend().cluster
     others = [backend(port=9001), backend(timeout_s=3), backend(version="8"), backend(component="mail")]
     assert len({found.cluster for found in [backend(), *others]}) == 5
 
 
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=5))
+@given(st.lists(st.integers(0, 100), min_size=1, max_size=5).filter(any))
 def test_weights_are_shares_and_add_up(weights: list[int]) -> None:
     backends = tuple(backend(version=str(i), weight=weight) for i, weight in enumerate(weights))
     found = shares(Routes(backends=backends))
     assert sum(found.values()) == pytest.approx(1)
     for one in backends:
-        assert found[one.cluster] == pytest.approx(one.weight / sum(weights), abs=3e-6)
+        assert found.get(one.cluster, 0) == pytest.approx(one.weight / sum(weights), abs=3e-6)
+        assert (one.cluster in found) == (one.weight > 0)
+
+
+def test_a_mirror_gets_a_copy_of_every_request_and_no_share() -> None:
+    mirror = backend(version="9", weight=0, mirror=True)
+    others = backend(weight=30), mirror, backend(version="8", weight=70), backend(component="mail", version="1")
+    found = actions(Routes(backends=others))
+    assert len(found) == 6
+    for route in found:
+        assert route["route"]["cluster"] != mirror.cluster
+        policies = route["route"]["request_mirror_policies"]
+        of_digits = route["match"]["path"] == "/predictions/digits"
+        assert [one["cluster"] for one in policies] == ([mirror.cluster] if of_digits else [])
+        assert all(one["runtime_fraction"]["default_value"]["numerator"] == 1_000_000 for one in policies)
+
+
+def test_a_component_without_any_weight_is_refused() -> None:
+    with pytest.raises(ValidationError, match="no backend of mail has any weight"):
+        Routes(backends=(backend(), backend(component="mail", weight=0)))
+
+
+def test_endpoints_of_one_backend_are_asked_for_their_health_in_one_way() -> None:
+    points = [Endpoint(host="127.0.0.1", port=1, health_port=2), Endpoint(host="127.0.0.1", port=3, health_port=4)]
+    content = backend().model_dump(exclude={"endpoints"})
+    assert Backend(**content, endpoints=tuple(points))
+    for other in ({"health_path": "/models"}, {"health_text": "READY"}):
+        with pytest.raises(ValidationError, match="different health checks"):
+            Backend(**content, endpoints=(points[0], points[1].model_copy(update=other)))
+
+
+def test_a_health_check_looks_for_the_text_at_the_port_that_knows() -> None:
+    point = Endpoint(host="127.0.0.1", port=1, health_port=2, health_path="/models/digits/7", health_text='"a": é')
+    found = cluster(Backend(**backend().model_dump(exclude={"endpoints"}), endpoints=(point,)))
+    (endpoint,) = found["load_assignment"]["endpoints"][0]["lb_endpoints"]
+    assert endpoint["endpoint"]["health_check_config"] == {"port_value": 2}
+    (check,) = found["health_checks"]
+    assert check["http_health_check"]["path"] == "/models/digits/7"
+    assert bytes.fromhex(check["http_health_check"]["receive"][0]["text"]).decode() == '"a": é'
+
+
+def test_the_limit_of_a_component_is_the_largest_of_its_backends() -> None:
+    mail = backend(component="mail")
+    backends = backend(max_requests_per_s=5), backend(version="8", max_requests_per_s=9), backend(version="9"), mail
+    (host,) = route_file(Routes(backends=backends))["resources"][0]["virtual_hosts"]
+    (limits,) = host["typed_per_filter_config"].values()
+    (limit,) = limits["descriptors"]
+    assert limit["entries"] == [{"key": "component", "value": "digits"}]
+    assert limit["token_bucket"]["tokens_per_fill"] == 9
+    (host,) = route_file(Routes(backends=(mail,)))["resources"][0]["virtual_hosts"]
+    assert host["typed_per_filter_config"] == {}
+
+
+def test_retries_go_elsewhere_for_what_only_an_engine_says() -> None:
+    alone, two = backend(), backend(endpoints=(*backend().endpoints, Endpoint(host="127.0.0.1", port=9001)))
+    policies = [actions(Routes(backends=(one,)))[0]["route"]["retry_policy"] for one in (alone, two)]
+    assert [policy["retriable_status_codes"] for policy in policies] == [[], [404, 500, 503, 507]]
+    assert [("retriable-status-codes" in policy["retry_on"]) for policy in policies] == [False, True]
 
 
 def test_versions_of_files_follow_their_content() -> None:
@@ -71,7 +134,19 @@ def test_versions_of_files_follow_their_content() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"weight": 0}, {"port": 0}, {"port": 70000}, {"component": "a/b"}, {"version": "1 2"}, {"timeout_s": 0}],
+    [
+        {"weight": -1},
+        {"weight": 101},
+        {"weight": 1, "mirror": True},
+        {"mirror": True},
+        {"max_requests_per_s": 0},
+        {"port": 0},
+        {"port": 70000},
+        {"component": "a/b"},
+        {"version": "1 2"},
+        {"timeout_s": 0},
+        {"health_path": "/ping"},
+    ],
 )
 def test_impossible_backends_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
@@ -102,7 +177,7 @@ def test_a_gateway_that_does_not_run(tmp_path: Path) -> None:
     where = place(tmp_path)
     gateway.write_bootstrap(where)
     assert not gateway.healthy(where)
-    assert gateway.live_backends(where) == ()
+    assert gateway.live_backends(where) == gateway.shares(where) == gateway.draining(where) == ()
     with pytest.raises(ServingError, match=f"admin port {where.admin_port}"):
         gateway.apply_routes(where, Routes(backends=(backend(),)))
     assert not gateway.apply_routes(where, Routes(), wait=False)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from torchrelay import config, nodes
+from torchrelay.archive import rotation
 from torchrelay.errors import BusyError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,18 +28,28 @@ node = state / "perimeters/dev/nodes/dev-1"
 for folder in (state / "tracking", state / "supervisor", node / "trust"):
     folder.mkdir(parents=True, exist_ok=True)
 (state / "tracking/mlflow.db").touch()
+(state / "tracking/with-key").touch()
+key = pathlib.Path(variables["checkout_keys"]) / "tracking/webhook.key"
+key.parent.mkdir(parents=True, exist_ok=True)
+key.touch(mode=0o600)
+orchestrator = {{"name": "o", "command": ["/bin/sleep", "60"], "directory": str(state), "log": str(state / "o.log")}}
+(state / "perimeters/production").mkdir(parents=True, exist_ok=True)
+(state / "perimeters/production/orchestrator.json").write_text(json.dumps(orchestrator))
 (state / "tracking/program.json").write_text(json.dumps(
     {{"name": "tracking", "command": ["/bin/sleep", "60"], "directory": str(state), "log": str(state / "t.log")}}))
 socket = state / "supervisor/supervisord.sock"
 (state / "supervisor/supervisord.conf").write_text(f"[unix_http_server]\\nfile={{socket}}\\n")
 (state / "site.json").write_text(json.dumps(
     {{"supervisor": str(socket), "tracking": {{"url": f"http://127.0.0.1:{{base}}"}},
-     "perimeters": {{"dev": {{"alias": "dev", "gateway": f"http://127.0.0.1:{{base + 10}}",
-                            "nodes": [{{"name": "dev-1", "folder": str(node)}}]}}}}}}))
+     "perimeters": {{name: {{"alias": name, "gateway": f"http://127.0.0.1:{{base + 10}}", "gateway_node": "dev-1",
+                            "nodes": [{{"name": "dev-1", "folder": str(node)}}], **more}}
+                    for name, more in (("dev", {{}}),
+                                       ("production", {{"orchestrator": f"http://127.0.0.1:{{base + 52}}"}}))}}}}))
 gateway = {{"folder": str(state), "port": base + 10, "admin_port": base + 11}}
 (node / "node.json").write_text(json.dumps(
     {{"name": "dev-1", "perimeter": "dev", "folder": str(node), "engine_ports": [1, 2], "gateway": gateway}}
-    | {{key: str(state) for key in ("supervisor", "programs", "logs", "environments", "java_home", "trust")}}))
+    | {{key: str(state) for key in ("supervisor", "programs", "logs", "environments", "java_home")}}
+    | {{key: str(state) for key in ("trust", "predictions")}}))
 """
 
 
@@ -82,14 +93,36 @@ def test_roles_run_once(checkout: Path, capfd: pytest.CaptureFixture[str]) -> No
     assert "role tracking" in capfd.readouterr().err
     assert configure() is False
     assert (checkout / "runs").read_text() == "1"
-    assert [port for port, _ in nodes.needed_ports(config.site())] == [18500, 18510, 18511]
+    assert [port for port, _ in nodes.needed_ports(config.site())] == [
+        *(18500, 18510, 18511),  # both perimeters of this site have the same node
+        *(18510, 18511, 18552),
+    ]
 
 
 def test_signing_keys_are_made_for_every_perimeter(checkout: Path) -> None:
     configure()
-    private = config.settings().keys / "dev" / "signing.pem"
-    assert stat.S_IMODE(private.stat().st_mode) == 0o600
-    assert private.with_name("signing.pub").is_file()
+    for perimeter in ("dev", "production"):
+        private = config.settings().keys / perimeter / "signing.pem"
+        assert stat.S_IMODE(private.stat().st_mode) == 0o600
+        assert stat.S_IMODE(private.parent.stat().st_mode) == 0o700
+        assert private.with_name("signing.pub").is_file()
+
+
+def test_a_lost_webhook_key_runs_the_roles_which_say_what_is_lost(checkout: Path) -> None:
+    configure()
+    nodes.webhook_key().unlink()
+    assert configure() is True
+
+
+def test_a_rotation_reaches_the_nodes(checkout: Path) -> None:
+    configure()
+    folder = config.settings().keys / "production"
+    rotation.prepare(folder)
+    assert configure() is True
+    assert configure() is False
+    rotation.switch(folder)
+    rotation.retire(folder)
+    assert configure() is True
 
 
 @pytest.mark.parametrize(
@@ -110,7 +143,9 @@ def test_other_ports_run_the_roles_again(checkout: Path, monkeypatch: pytest.Mon
     assert json.loads((config.settings().state / "ansible-vars.json").read_text())["checkout_port_base"] == 19500
 
 
-@pytest.mark.parametrize("file", ["site.json", "perimeters/dev/nodes/dev-1/node.json", "tracking/mlflow.db"])
+@pytest.mark.parametrize(
+    "file", ["site.json", "perimeters/dev/nodes/dev-1/node.json", "tracking/mlflow.db", "tracking/with-key"]
+)
 def test_a_deleted_file_is_written_again(checkout: Path, file: str) -> None:
     configure()
     (config.settings().state / file).unlink()

@@ -7,7 +7,7 @@ brings it to a node, `verify` lets in nothing else, and `prove` runs it against 
 from torchrelay.archive.keys import KeyPair, ensure_key, key_digest
 from torchrelay.archive.mar import digest, golden_set, unpack
 from torchrelay.archive.packing import pack
-from torchrelay.archive.proving import evaluate, prove
+from torchrelay.archive.proving import evaluate, prove, replay
 from torchrelay.archive.signing import sign
 from torchrelay.archive.transfer import fetch
 from torchrelay.archive.verifying import verify
@@ -22,6 +22,7 @@ __all__ = [
     "key_digest",
     "pack",
     "prove",
+    "replay",
     "sign",
     "unpack",
     "verify",

@@ -1,7 +1,11 @@
-"""The signing key of a perimeter: made at first use, outside the checkout, and never made again."""
+"""The signing key of a perimeter: made at first use, outside the checkout; `rotation` replaces it.
+
+signing.pub holds the public half of signing.pem, and during a rotation a second key that is trusted as well.
+"""
 
 import hashlib
 import os
+import re
 import stat
 import tempfile
 from pathlib import Path
@@ -14,6 +18,11 @@ if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 
+PRIVATE = "signing.pem"
+PUBLIC = "signing.pub"
+_PEM = re.compile(rb"-----BEGIN PUBLIC KEY-----\n.*?-----END PUBLIC KEY-----\n", re.DOTALL)
+
+
 class KeyPair(NamedTuple):
     """Where the two halves of a P-256 key lie, in PEM."""
 
@@ -24,17 +33,19 @@ class KeyPair(NamedTuple):
 def ensure_key(folder: Path) -> KeyPair:
     """The key pair in `folder` (signing.pem, signing.pub), made if there is none.
 
+    The public file may list other keys as well, which are trusted while this one takes the place of another.
+
     Of several processes that come first at the same time, one makes the key and all use it. Raises ArchiveError
     when others could read the private key, or when the two halves do not belong together.
     """
-    keys = KeyPair(folder / "signing.pem", folder / "signing.pub")
+    keys = KeyPair(folder / PRIVATE, folder / PUBLIC)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not keys.private.exists():
-        _make(keys.private)
+        make_key(keys.private)
     expected = public_half(keys.private)
     if not keys.public.exists():
         write_file(keys.public, expected)
-    if keys.public.read_bytes() != expected:
+    if expected not in public_keys(keys.public.read_bytes()):
         raise ArchiveError(
             f"{keys.public} does not belong to {keys.private}",
             "the public half of the private key",
@@ -45,8 +56,16 @@ def ensure_key(folder: Path) -> KeyPair:
 
 def key_digest(folder: Path) -> str:
     """A hash of the public key in `folder`, "none" where there is none yet; archives are redone when it changes."""
-    public = folder / "signing.pub"
-    return hashlib.sha256(public.read_bytes()).hexdigest()[:16] if public.is_file() else "none"
+    public = folder / PUBLIC
+    if not public.is_file():
+        return "none"
+    return hashlib.sha256(public_keys(public.read_bytes())[0]).hexdigest()[:16]
+
+
+def public_keys(content: bytes) -> list[bytes]:
+    """The keys that a signing.pub lists, each in PEM, its own first; whatever else it holds is one key, and no good."""
+    found: list[bytes] = _PEM.findall(content)
+    return found if found and b"".join(found) == content else [content]
 
 
 def public_half(private: Path) -> bytes:
@@ -80,8 +99,11 @@ def _refuse_shared(private: Path) -> None:
         raise ArchiveError(f"{private.parent} has mode {mode:04o}", "mode 0700", f"chmod 700 {private.parent}")
 
 
-def _make(private: Path) -> None:
-    """Written whole under another name, then linked: the link fails if somebody else was first."""
+def make_key(private: Path) -> None:
+    """Make the private key `private`, unless somebody else makes it first.
+
+    Written whole under another name, then linked: the link fails if somebody else was first.
+    """
     from cryptography.hazmat.primitives.asymmetric import ec
 
     descriptor, name = tempfile.mkstemp(prefix=".signing.", dir=private.parent)  # O_EXCL, mode 0600

@@ -28,16 +28,23 @@ _VERBS = {
     "down": "site",
     "export-conda": "site",
     "gate-model": "legs",
+    "gc": "gc",
+    "history": "history",
     "new-component": "site",
+    "orchestrate": "promote",
     "package-archive": "legs",
     "plan": "plan",
     "predict": "serve",
+    "promote": "promote",
     "prove-archive": "legs",
     "register-model": "legs",
+    "rollback": "promote",
+    "rotate-keys": "keys",
     "run-stage": "legs",
     "status": "status",
     "train-model": "legs",
     "up": "site",
+    "why": "history",
 }
 
 

@@ -154,16 +154,15 @@ def snakemake_environment() -> dict[str, str]:
 
 def _check_perimeter(name: str) -> list[NodeReport]:
     """Ask for what this checkout built, and see that it is what the perimeter serves; mend it where it is not."""
-    from torchrelay.delivery.converge import converge, refused
+    from torchrelay.delivery.converge import converge
     from torchrelay.legs.deploy import request
-    from torchrelay.tracking import Tracking
 
     here = site()
     record = read_json(ArchiveRecord, results(name) / "archive.json", f"make deploy-dev COMPONENT={name}")
     with leg("converge", "dev"):
-        request(Tracking(here.tracking.url), name, record.version, "dev")
+        request(here, name, record.version, "dev")
         outcome = converge(here, "dev", why="make deploy-dev")
-        if error := refused(outcome, name):
+        if error := outcome.refusal(name):
             raise error
         for changed in outcome.changed:
             say(f"  {changed} was mended")
@@ -185,7 +184,7 @@ def _summary(name: str, began: float, ran: bool, reports: list[NodeReport]) -> N
         _times(name, began)
     result(f"{paint('dev', 'bold')} serves {name} version {answer.headers.get('x-model-version')}")
     for report in reports:
-        for one in report.served:
+        for one in report.held:
             health = paint("healthy", "green") if one.healthy else paint("NOT HEALTHY", "red")
             result(f"  node {report.node:<7} runs {one.component} version {one.version}, {health}")
     result(f"  {verdict.metric:<12} {verdict.candidate or 0:.4f} (floor {verdict.floor})")
@@ -195,7 +194,7 @@ def _summary(name: str, began: float, ran: bool, reports: list[NodeReport]) -> N
     result(f"  MLflow UI    {here.tracking.url}")
     result(f"  gate report  results/{name}/gate/report.html")
     result(f"  took         {time.time() - began:.1f} s" + ("" if ran else " (nothing had changed)"))
-    result("next: make status · make plan · make down")
+    result("next: make promote · make status · make plan · make down")
 
 
 def _times(name: str, began: float) -> None:

@@ -45,7 +45,30 @@ def _planned(name: str) -> dict[str, Any]:
         "data": "in place" if current else "extract, validate, prepare would run where they changed",
         "chain": rules,
         "serving": _serving(name, rules, state),
+        **_others(name, state),
     }
+
+
+def _others(name: str, state: dict[str, Any] | None) -> dict[str, str]:
+    """Wanted against running in the perimeters that an orchestrator converges; deploy-dev changes nothing there."""
+    if state is None:
+        return {}
+    orchestrated = [one for one, place in site().perimeters.items() if place.orchestrator]
+    return {one: _standing(state["perimeters"][one]["components"].get(name)) for one in orchestrated}
+
+
+def _standing(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return "nothing is asked for, and nothing runs: make promote"
+    running = "; ".join(f"{node['name']} runs version {node['version'] or '-'}" for node in found["nodes"])
+    parts = [f"version {found['wanted'] or '-'} wanted", running]
+    if canary := found.get("canary"):
+        parts.append(f"version {canary['version']} is coming in, at {canary['weight']} %")
+    if refused := found.get("refused"):
+        parts.append(f"version {refused['version']} was asked for and refused: {refused['reason']}")
+    if not found["converged"] and not canary:
+        parts.append("the orchestrator would bring it there")
+    return "; ".join(parts)
 
 
 def _survey() -> dict[str, Any] | None:

@@ -33,8 +33,8 @@ def apply(folder: Path, desired: str | None, as_json: bool, every: float | None)
         parts = {"found": error.found, "expected": error.expected, "next": error.next_command} if error else None
         result(json.dumps({"report": report.model_dump(), "error": parts}))
     else:
-        for served in report.served:
-            say(f"  {served.component} version {served.version} {'healthy' if served.healthy else 'NOT HEALTHY'}")
+        for held in report.held:
+            say(f"  {held.component} version {held.version} {'healthy' if held.healthy else 'NOT HEALTHY'}")
     if error:
         raise error
 
@@ -54,19 +54,18 @@ def _desired(source: str | None) -> Any:
 def converge(perimeter: str, as_json: bool) -> None:
     """Bring a perimeter to what the registry asks for; harmless when it is there already."""
     from torchrelay.delivery.converge import converge as close
-    from torchrelay.delivery.converge import refusal_error
 
     with leg("converge", perimeter):
         outcome = close(site(), perimeter, why="torchrelay converge")
         for name in outcome.changed:
             say(f"  {name} was brought to what the registry asks for")
     if as_json:
-        refusals = {one.component: one.refusal for one in outcome.decisions if one.refusal}
+        refusals = {name: refused.reason for name, refused in outcome.refused.items()}
         nodes = [report.model_dump() for report in outcome.reports]
         result(json.dumps({"perimeter": perimeter, "nodes": nodes, "refused": refusals}, indent=2))
-    for decision in outcome.decisions:
-        if decision.refused and decision.refusal:
-            raise refusal_error(decision.refused, decision.refusal)
+    for name in outcome.refused:
+        if error := outcome.refusal(name):
+            raise error
 
 
 @click.command()

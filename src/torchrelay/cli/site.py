@@ -3,11 +3,12 @@
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import click
 
-from torchrelay.config import Component, Settings, root, settings, site, write_file
+from torchrelay.config import Component, Node, Perimeter, Settings, root, settings, site, write_file
 from torchrelay.console import leg, paint, result, say
 from torchrelay.errors import ConfigError, TorchrelayError
 
@@ -20,13 +21,20 @@ def up() -> None:
     with leg("up", str(settings().state)):
         nodes.configure(settings().state / "logs" / "configure.log")
         nodes.start(wait=False)
-        folders = [node.folder for perimeter in site().perimeters.values() for node in perimeter.nodes]
+        folders = [node.folder for perimeter in site().perimeters.values() for node in _used(perimeter)]
         # What lies on a node serves without the tracking server, which takes seconds to come up.
         missed = [folder for folder in folders if not _serves(folder)]
         nodes.start()
         for folder in missed:
             _apply_to(folder)
     say("  next: make status")
+
+
+def _used(perimeter: Perimeter) -> Iterator[Node]:
+    """Its nodes, the gateway's last; an orchestrator's perimeter starts when something is first asked of it."""
+    for node in sorted(perimeter.nodes, key=lambda one: one.name == perimeter.gateway_node):
+        if perimeter.orchestrator is None or (node.folder / "desired.json").is_file():
+            yield node
 
 
 def _apply_to(folder: Path) -> None:

@@ -1,12 +1,20 @@
 """`torchrelay status`: what runs where, asked of the machines themselves."""
 
 import json
-from typing import Any
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from torchrelay.config import Perimeter, Site, site
 from torchrelay.console import paint, result
+
+if TYPE_CHECKING:
+    from torchrelay.delivery.store import State
+    from torchrelay.handover import NodeReport
+    from torchrelay.tracking import ModelVersion, Tracking
 
 
 @click.command()
@@ -26,40 +34,107 @@ def survey(here: Site) -> dict[str, Any]:
     return {
         "tracking": {"url": here.tracking.url, "healthy": healthy},
         "perimeters": {
-            name: _perimeter(perimeter, tracking if healthy else None) for name, perimeter in here.perimeters.items()
+            name: _perimeter(name, perimeter, tracking if healthy else None)
+            for name, perimeter in here.perimeters.items()
         },
     }
 
 
-def _perimeter(perimeter: Perimeter, tracking: Any) -> dict[str, Any]:
-    from torchrelay.delivery.converge import claims
-    from torchrelay.delivery.plan import decide, serves
-    from torchrelay.serving.apply import node_config, observe
+def _perimeter(name: str, perimeter: Perimeter, tracking: "Tracking | None") -> dict[str, Any]:
+    from torchrelay.delivery.store import store
 
-    reports = [observe(node_config(node.folder)) for node in perimeter.nodes]
-    decisions = {claim.component: decide(claim) for claim in claims(tracking, perimeter)} if tracking else {}
-    names = sorted({*decisions, *(served.component for report in reports for served in report.served)})
-    components: dict[str, dict[str, Any]] = {}
-    for name in names:
-        decision = decisions.get(name)
-        served = {report.node: next((s for s in report.served if s.component == name), None) for report in reports}
-        wanted = decision.wanted if decision else None
-        components[name] = {
-            "wanted": wanted.version if wanted else None,
-            "converged": all(serves(wanted, one) for one in served.values()) if tracking else None,
-            "nodes": [
-                {
-                    "name": node,
-                    "version": one.version if one else None,
-                    "digest": one.digest if one else None,
-                    "healthy": bool(one and one.healthy),
-                }
-                for node, one in served.items()
-            ],
-        }
-        if decision and decision.refused:
-            components[name]["refused"] = {"version": decision.refused.version, "reason": decision.refusal}
-    return {"gateway": perimeter.gateway, "components": components}
+    reports = _reports(perimeter)
+    states = store(name).states()
+    asked = _asked(tracking, perimeter) if tracking else {}
+    held = {one.component for report in reports.values() for one in report.held}
+    names = {*asked, *held, *(state.component for state in states.values() if state.live or state.rollout)}
+    return {
+        "gateway": perimeter.gateway,
+        "components": {
+            one: _component(perimeter, one, states.get(one), asked.get(one), reports, known=tracking is not None)
+            for one in sorted(names)
+        },
+    }
+
+
+def _reports(perimeter: Perimeter) -> dict[str, "NodeReport"]:
+    """What each node says now; one that does not answer is not among them."""
+    from torchrelay.delivery import reach
+    from torchrelay.errors import TorchrelayError
+
+    found = {}
+    for node in perimeter.nodes:
+        with suppress(TorchrelayError):
+            found[node.name] = reach.observe_on(node)
+    return found
+
+
+def _asked(tracking: "Tracking", perimeter: Perimeter) -> dict[str, "ModelVersion | None"]:
+    """The version that is asked for, by component."""
+    return {
+        name: tracking.version(name, aliases[perimeter.alias])
+        for name, aliases in tracking.models().items()
+        if perimeter.alias in aliases
+    }
+
+
+def _component(
+    perimeter: Perimeter,
+    name: str,
+    state: "State | None",
+    asked: "ModelVersion | None",
+    reports: Mapping[str, "NodeReport"],
+    *,
+    known: bool,
+) -> dict[str, Any]:
+    from torchrelay.delivery.sight import serves
+
+    live = state.live.version if state and state.live else None
+    refused = state.refused if state and asked and state.refused and state.refused.version == asked.version else None
+    kept = live if perimeter.keeps_last or refused else None
+    wanted = asked.version if asked and not refused else kept
+    found: dict[str, Any] = {
+        "wanted": wanted,
+        "converged": (wanted == live and serves(perimeter, reports, name, wanted)) if known else None,
+        "nodes": [_node(node.name, reports, perimeter, name) for node in perimeter.nodes if node.holds],
+    }
+    if refused:
+        found["refused"] = {"version": refused.version, "reason": refused.reason}
+    if state and state.rollout:
+        found["canary"] = _canary(state)
+    return found
+
+
+def _canary(state: "State") -> dict[str, Any]:
+    rollout = state.rollout
+    if rollout is None:
+        return {}
+    stages = rollout.weights
+    weight = 100 if rollout.stage >= len(stages) else 0 if rollout.stage < 0 else stages[rollout.stage]
+    return {
+        "version": rollout.wanted.version,
+        "weight": weight,
+        "since": rollout.since,
+        "note": rollout.note,
+        "figures": rollout.figures,
+    }
+
+
+def _node(name: str, reports: Mapping[str, "NodeReport"], perimeter: Perimeter, component: str) -> dict[str, Any]:
+    """What the node answers with: of what it holds, the version that the gateway sends most requests to."""
+    report, gateway = reports.get(name), reports.get(perimeter.gateway_node)
+    held = {one.version: one for one in (report.held if report else ()) if one.component == component}
+    shares = [one for one in (gateway.routed or () if gateway else ()) if one.component == component]
+    routed = [one for one in sorted(shares, key=lambda one: -one.weight) if one.weight and one.version in held]
+    found = held[routed[0].version] if routed else None
+    answers = bool(found and found.healthy and gateway and gateway.gateway_healthy)
+    return {
+        "name": name,
+        "version": found.version if found else None,
+        "digest": found.digest if found else None,
+        "healthy": answers,
+        "holds": sorted(held, key=lambda version: (len(version), version)),
+    }
 
 
 def _text(found: dict[str, Any]) -> str:
@@ -70,7 +145,8 @@ def _text(found: dict[str, Any]) -> str:
         for component, state in perimeter["components"].items():
             lines.extend(_component_lines(component, state))
         if not perimeter["components"]:
-            lines.append("  nothing is deployed yet: make deploy-dev")
+            command = "make deploy-dev" if name == "dev" else "make promote"
+            lines.append(f"  nothing is deployed yet: {command}")
     return "\n".join(lines)
 
 
@@ -79,7 +155,12 @@ def _component_lines(component: str, state: dict[str, Any]) -> list[str]:
     lines = [f"  {component}: version {state['wanted'] or '-'} wanted, {converged[state['converged']]}"]
     for node in state["nodes"]:
         digest = (node["digest"] or "")[:12]
-        lines.append(f"    {node['name']}: version {node['version'] or '-'} {digest} {_health(node['healthy'])}")
+        others = [version for version in node["holds"] if version != node["version"]]
+        also = f", also holds {', '.join(others)}" if others else ""
+        lines.append(f"    {node['name']}: version {node['version'] or '-'} {digest} {_health(node['healthy'])}{also}")
+    if canary := state.get("canary"):
+        stays = f"for {time.time() - canary['since']:.0f} s: {canary['note'] or 'under way'}"
+        lines.append(f"    {paint('canary', 'yellow')}: version {canary['version']} at {canary['weight']} %, {stays}")
     if refused := state.get("refused"):
         lines.append(f"    {paint('refused', 'red')}: version {refused['version']}: {refused['reason']}")
     return lines

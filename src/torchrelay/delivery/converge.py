@@ -1,274 +1,474 @@
 """Close the difference between what the registry asks for and what a perimeter's nodes really run.
 
-Level-triggered and idempotent: it looks at state, never at an event, and running it again does no harm.
+Level-triggered: before every step it looks again, at the alias, the nodes and the gateway, and asks the pure core
+(`plan.next_step`) what to do now. Every intention is on the disk before it is carried out and every step may be
+repeated, so a kill at any point costs nothing but the time until somebody runs it again.
 """
 
 import getpass
-import json
-import subprocess
-import sys
+import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-from filelock import FileLock, Timeout
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torchrelay import ledger
-from torchrelay.config import Frozen, Node, Perimeter, Site, read_json, settings, write_json
-from torchrelay.delivery.plan import Candidate, Claim, Decision, decide, desired, serves
-from torchrelay.errors import BusyError, RefusedError, ServingError, TorchrelayError
-from torchrelay.handover import Desired, NodeReport
+from torchrelay.config import Perimeter, Site
+from torchrelay.config import component as component_settings
+from torchrelay.delivery import reach
+from torchrelay.delivery.admission import Gatekeeper, Trusting, refusal_error
+from torchrelay.delivery.plan import (
+    LOADING,
+    Abandon,
+    Admit,
+    Advance,
+    Begin,
+    Commit,
+    Hold,
+    Refuse,
+    Release,
+    Rest,
+    Route,
+    Step,
+    Underway,
+    View,
+    Withdraw,
+    next_step,
+)
+from torchrelay.delivery.sight import Sight, known, of_wanted, serves, text
+from torchrelay.delivery.store import Admission, Rollout, State, Store, store, with_served
+from torchrelay.delivery.telling import Teller, entry, outbox
+from torchrelay.errors import BusyError, RefusedError, ServingError, TorchrelayError, TrackingError
+from torchrelay.handover import Desired, NodeReport, RoutedVersion
 from torchrelay.lineage import TAG_DIGEST
 from torchrelay.tracking import ModelVersion, Tracking
 
-_APPLY_SECONDS = 900
-_LOCK_SECONDS = 900
+_PATIENCE_S = 900.0
+_POLL_S = 0.1
+# A component that needs more steps than this at one go is going round in circles.
+_MOST_STEPS = 200
+
+log = logging.getLogger(__name__)
+Registry = dict[str, ModelVersion | None]
 
 
-@dataclass(frozen=True)
+class Evidence(Protocol):
+    """Judges a roll-out's stage by what was counted."""
+
+    def gather(self, state: State, perimeter: Perimeter) -> State:
+        """The state with what was counted since, and the judgement on its stage."""
+        ...
+
+    def pages(self, state: State, perimeter: str, reason: str, *, passed: bool) -> dict[str, str]:
+        """What a roll-out rested on, for people: file name to content."""
+        ...
+
+
+@dataclass
 class Outcome:
     """What one run of converge found and did."""
 
-    decisions: list[Decision]
-    reports: list[NodeReport]
-    silent: list[str] = field(default_factory=list)
+    rests: dict[str, Rest] = field(default_factory=dict)
+    refused: dict[str, Admission] = field(default_factory=dict)
+    reports: list[NodeReport] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
+    errors: list[TorchrelayError] = field(default_factory=list)
 
-    def serving(self, component: str) -> bool:
-        """Whether every node says that it serves what this component should run; one that is silent says nothing."""
-        wanted = next((one.wanted for one in self.decisions if one.component == component), None)
-        return not self.silent and all(
-            serves(wanted, next((one for one in report.served if one.component == component), None))
-            for report in self.reports
-        )
+    @property
+    def soon(self) -> bool:
+        """Whether there is more to do within seconds."""
+        return any(rest.soon for rest in self.rests.values())
 
+    def refusal(self, component: str) -> RefusedError | None:
+        """The refusal of what is asked for this component, as an error, if it was refused."""
+        found = self.refused.get(component)
+        return refusal_error(component, found.version, found.reason) if found else None
 
-def live_alias(perimeter: Perimeter) -> str:
-    """The alias that says what serves; only converge moves it."""
-    return f"{perimeter.alias}-live"
-
-
-def claims(tracking: Tracking, perimeter: Perimeter) -> list[Claim]:
-    """What the registry says of every component that was ever asked into this perimeter."""
-    return [
-        Claim(
-            component=name,
-            requested=_candidate(tracking.alias(name, perimeter.alias)),
-            live=_candidate(tracking.alias(name, live_alias(perimeter))),
-        )
-        for name, aliases in sorted(tracking.models().items())
-        if perimeter.alias in aliases or live_alias(perimeter) in aliases
-    ]
+    def serves(self, perimeter: Perimeter, component: str, version: str) -> bool:
+        """Whether every node holds this version in good health and the gateway sends it all requests, as they say."""
+        return serves(perimeter, {report.node: report for report in self.reports}, component, version)
 
 
 def converge(site: Site, name: str, why: str) -> Outcome:
-    """Bring perimeter `name` to what the registry asks for.
+    """Bring perimeter `name` to what the registry asks for, and return once it is there.
 
-    A refused request leaves what is live in service and is written to the ledger once. Raises ServingError
-    when a node could not be brought there or gave no report; `@…-live` then moves only where all nodes say that
-    they serve what is wanted.
+    A refused request leaves what is live in service and is written to the ledger once. Raises the first error that
+    kept a node from what it should hold; everything else was done all the same. A perimeter that an orchestrator
+    converges is that one's alone: RefusedError.
     """
-    perimeter = site.perimeters[name]
-    tracking = Tracking(site.tracking.url)
-    with _alone(name):
-        _flush(tracking)
-        decisions = [decide(claim) for claim in claims(tracking, perimeter)]
-        began = time.time()
-        reports, errors = _apply_everywhere(perimeter, desired(name, decisions))
-        silent = sorted({node.name for node in perimeter.nodes} - {report.node for report in reports})
-        outcome = Outcome(decisions, reports, silent, _changed(reports))
-        _settle(tracking, perimeter, outcome, _Event(name, why, began))
-        if errors:
-            raise errors[0]
-        return outcome
+    if site.perimeters[name].orchestrator:
+        raise RefusedError(
+            f"{name} is converged by its orchestrator, which admits by {name}'s own policy",
+            "a perimeter without one; there, an alias to move",
+            "make promote, or make status",
+        )
+    memory = store(name)
+    with memory.lease(_PATIENCE_S) as token:
+        converger = Converger(site, name, memory, token, why=why)
+        outcome = converger.tick()
+        while outcome.soon and not outcome.errors:
+            time.sleep(_POLL_S)
+            outcome = converger.tick()
+    if outcome.errors:
+        raise outcome.errors[0]
+    return outcome
 
 
-def refused(outcome: Outcome, component: str) -> RefusedError | None:
-    """The refusal of this component's request, as an error, if it was refused."""
-    decision = next((one for one in outcome.decisions if one.component == component), None)
-    if decision is None or decision.refusal is None or decision.refused is None:
-        return None
-    return refusal_error(decision.refused, decision.refusal)
+class Converger:
+    """One perimeter, under one lease."""
+
+    def __init__(
+        self,
+        site: Site,
+        name: str,
+        memory: Store,
+        token: int,
+        *,
+        why: str,
+        gatekeeper: Gatekeeper | None = None,
+        evidence: Evidence | None = None,
+    ) -> None:
+        self.name = name
+        self.perimeter = site.perimeters[name]
+        self.memory = memory
+        self.token = token
+        self.why = why
+        self.gatekeeper = gatekeeper or Trusting()
+        self.evidence = evidence
+        # Who watches a roll-out has more to do than to wait for the registry, and looks again anyway.
+        self.tracking = Tracking(site.tracking.url, hasty=self.perimeter.progressive)
+        self.teller = Teller(self.tracking, name, self.perimeter)
+        self.sight = Sight(self.perimeter)
+        self.outcome = Outcome()
+        self._changed: set[str] = set()
+        self._faults: dict[str, str] = {}
+
+    def tick(self) -> Outcome:
+        """Do all that can be done now."""
+        self.outcome = Outcome()
+        self._faults.clear()
+        self.sight.forget()
+        self._recover()
+        registry = self._registry()
+        if registry is not None:
+            self.teller.flush()
+        for component in sorted({*self.memory.states(), *(registry or {})}):
+            self.outcome.rests[component] = self._closed(component, registry)
+        self.outcome.reports = list(self.sight.reports().values())
+        self.outcome.errors += self.sight.away.values()
+        self.outcome.changed = sorted(self._changed)
+        return self.outcome
+
+    def _closed(self, component: str, registry: Registry | None) -> Rest:
+        """One component, whose errors do not keep the others waiting."""
+        try:
+            return self._close(component, registry)
+        except BusyError:  # somebody else has the lease
+            raise
+        except TorchrelayError as error:
+            self.outcome.errors.append(error)
+            return Rest(soon=False, why=error.found)
+
+    def _close(self, component: str, registry: Registry | None) -> Rest:
+        """Step by step until there is nothing to do now. `registry` is what was read a moment ago."""
+        for count in range(_MOST_STEPS):
+            if count and registry is not None:
+                registry = self._registry()
+            requested = (registry or {}).get(component)
+            state = self._judged(component, requested, known_registry=registry is not None)
+            reports = self.sight.reports()
+            step = next_step(self._view(state, registry is not None, requested, reports))
+            if isinstance(step, Rest):
+                if registry is not None:
+                    self.teller.registry(state, requested)
+                    self.teller.flush()
+                return step
+            log.info("%s: %s", component, step)
+            if not self._execute(step, state, requested, reports):
+                return Rest(soon=True, why="being looked at")
+        raise ServingError(f"{component} took {_MOST_STEPS} steps without an end", "an end", "make status")
+
+    # What is known
+
+    def _registry(self) -> Registry | None:
+        """What is asked for, by component; None while the registry does not answer."""
+        alias = self.perimeter.alias
+        try:
+            asked = {name: aliases[alias] for name, aliases in self.tracking.models().items() if alias in aliases}
+            return {name: self.tracking.version(name, version) for name, version in asked.items()}
+        except TrackingError as error:
+            log.warning("the registry does not answer: %s", error.found)
+            return None
+
+    def _judged(self, component: str, requested: ModelVersion | None, *, known_registry: bool) -> State:
+        """The component's state with what was counted of its roll-out, and the refusal of what is asked for."""
+        state = self.memory.state(component)
+        if self.evidence and state.rollout and 0 <= state.rollout.stage < len(state.rollout.weights):
+            state = self._save(self.evidence.gather(state, self.perimeter))
+        verdict = self._verdict(state, requested)
+        refused = verdict if verdict and not verdict.admitted else None
+        if refused:
+            self.outcome.refused[component] = refused
+        if known_registry and state.refused != refused:
+            state = self._save(state.model_copy(update={"refused": refused}))
+        return state
+
+    def _verdict(self, state: State, requested: ModelVersion | None) -> Admission | None:
+        """The decision on the request, if it was made. What served here before needs no other."""
+        if requested is None:
+            return None
+        release = _release(requested)
+        for served in state.served:
+            if of_wanted(served.wanted) == release:
+                return _readmitted(served.wanted.component, release).model_copy(update={"wanted": served.wanted})
+        keys = (self.gatekeeper.policy(requested), self.gatekeeper.passing(requested))
+        found = (self.memory.admission(requested.name, requested.version, release.digest, key) for key in keys)
+        return next(filter(None, found), None)
+
+    def _view(
+        self, state: State, known_registry: bool, requested: ModelVersion | None, reports: Mapping[str, NodeReport]
+    ) -> View:
+        rollout = state.rollout
+        verdict = self._verdict(state, requested)
+        kept = state.served[len(state.served) - self.perimeter.warm :]
+        return View(
+            known=known_registry,
+            requested=_release(requested) if requested else None,
+            verdict=None if verdict is None else "admitted" if verdict.admitted else "refused",
+            live=of_wanted(state.live) if state.live else None,
+            warm=frozenset(of_wanted(one.wanted) for one in kept),
+            underway=Underway(of_wanted(rollout.wanted), rollout.stage, rollout.weights) if rollout else None,
+            judgement=rollout.judgement if rollout else "bake",
+            reason=rollout.note if rollout else "",
+            fault=self._faults.get(state.component),
+            nodes=self.sight.nodes(state.component, reports),
+            routing=self.sight.routing(state, reports),
+            keeps_last=self.perimeter.keeps_last,
+        )
+
+    # What is done
+
+    def _execute(
+        self, step: Step, state: State, requested: ModelVersion | None, reports: Mapping[str, NodeReport]
+    ) -> bool:
+        """Do the step; False if it is being done elsewhere and will be found done later."""
+        match step:
+            case Admit():
+                return self._admit(state, requested)
+            case Begin():
+                self._begin(state, requested)
+            case Hold(node, releases):
+                self._hold(state, node, releases)
+            case Route():
+                self._route(state, step, reports)
+            case Advance(stage):
+                self._advance(state, stage)
+            case Refuse(_, reason):
+                self._refuse(state, reason)
+            case Abandon():
+                self._save(state.model_copy(update={"rollout": None}))
+            case Commit():
+                self._commit(state)
+            case Withdraw():
+                self._withdraw(state)
+        return True
+
+    def _admit(self, state: State, requested: ModelVersion | None) -> bool:
+        found = self.gatekeeper.decide(requested, state.live) if requested else None
+        if found:
+            self.memory.decide(found)
+        return found is not None
+
+    def _begin(self, state: State, requested: ModelVersion | None) -> None:
+        verdict = self._verdict(state, requested)
+        if requested is None or verdict is None or verdict.wanted is None:
+            return
+        back = any(of_wanted(one.wanted) == of_wanted(verdict.wanted) for one in state.served)
+        straight = back or not self.perimeter.progressive or state.live is None
+        stages = () if straight else component_settings(state.component).rollout.stages
+        now = time.time()
+        rollout = Rollout(
+            wanted=verdict.wanted,
+            kind="rollback" if back else "rollout",
+            policy=self.gatekeeper.policy(requested),
+            who=getpass.getuser(),
+            why=self.why,
+            began=now,
+            stage=LOADING,
+            since=now,
+            weights=tuple(stage.weight for stage in stages),
+            note="loading it on every node",
+            report=verdict.report,
+        )
+        self._save(state.model_copy(update={"rollout": rollout}))
+
+    def _hold(self, state: State, name: str, releases: frozenset[Release]) -> None:
+        there = known(state)
+        wanted = tuple(there[release] for release in sorted(releases) if release in there)
+        self._save(state.model_copy(update={"hold": {**state.hold, name: wanted}}))
+        report = self._apply(name)
+        if report is None:
+            return
+        candidate = state.rollout.wanted.version if state.rollout else None
+        for fault in (one for one in report.faults if one.component == state.component):
+            if fault.final and fault.version == candidate:
+                self._faults[state.component] = f"on node {name}: {fault.found}"
+            else:
+                gave_up = self.sight.gave_up.setdefault((name, state.component), set())
+                gave_up.update(release for release in releases if release.version == fault.version)
+        self._note_mended(state, name, report)
+
+    def _note_mended(self, state: State, name: str, report: NodeReport) -> None:
+        """A node that had lost what it was told to hold before, and has it again: that belongs into the ledger."""
+        live, loaded = state.live, {Release(one.version, one.digest) for one in report.held if one.changed}
+        if live is None or state.rollout or of_wanted(live) not in loaded or live not in state.hold.get(name, ()):
+            return
+        self._changed.add(state.component)
+        self.teller.event("mend", live, live, why=f"{self.why}; on node {name}", began=time.time())
+
+    def _route(self, state: State, step: Route, reports: Mapping[str, NodeReport]) -> None:
+        there = known(state)
+        shares = [*step.weights, *([(step.mirror, 0)] if step.mirror else [])]
+        placed = {text(one): self.sight.places(state, one, step.nodes[one], reports) for one, _ in shares}
+        routes = []
+        for release, weight in shares:
+            routed = RoutedVersion(version=there[release], weight=weight, mirror=release == step.mirror)
+            places = placed[text(release)]
+            if [*places] != [self.perimeter.gateway_node]:  # its own engine is found wherever it listens next time
+                endpoints = tuple(places[node] for node in sorted(places))
+                path = self.sight.path(state, release, reports)
+                routed = routed.model_copy(update={"endpoints": endpoints, "path": path})
+            routes.append(routed)
+        self._save(state.model_copy(update={"routes": tuple(routes), "placed": placed}))
+        self._apply(self.perimeter.gateway_node)
+
+    def _apply(self, name: str) -> NodeReport | None:
+        """Tell the node all that it is to hold and route; None if it is out of reach."""
+        node = next(one for one in self.perimeter.nodes if one.name == name)
+        states = self.memory.states().values()
+        desired = Desired(
+            perimeter=self.name,
+            components=tuple(wanted for state in states for wanted in state.hold.get(name, ())) if node.holds else (),
+            routes=tuple(r for state in states for r in state.routes) if name == self.perimeter.gateway_node else (),
+            token=self.token,
+        )
+        try:
+            report, error = reach.apply_on(node, desired)
+        except BusyError:
+            raise
+        except TorchrelayError as failure:
+            self.sight.away[name] = failure
+            return None
+        if error and not report.faults:  # the gateway's own
+            raise error
+        if error:
+            self.outcome.errors.append(error)
+        return report
+
+    def _advance(self, state: State, stage: int) -> None:
+        if state.rollout is None:
+            return
+        update = {"stage": stage, "since": time.time(), "blocks": (), "marks": {}, "judgement": "bake", "note": ""}
+        rollout = state.rollout.model_copy(update={**update, "figures": {}})
+        self._save(state.model_copy(update={"rollout": rollout}))
+
+    def _refuse(self, state: State, reason: str) -> None:
+        """The decision is turned round first: from then on every look says that what is live gets all requests."""
+        rollout = state.rollout
+        if rollout is None:
+            return
+        self.memory.decide(_refused(rollout, reason))
+        served = tuple(one for one in state.served if of_wanted(one.wanted) != of_wanted(rollout.wanted))
+        self._tell_end(state, rollout, "refusal", reason)
+        self._save(state.model_copy(update={"rollout": None, "served": served}))
+
+    def _commit(self, state: State) -> None:
+        """The entry comes before what it tells of: a live version that no entry explains would be worse."""
+        rollout = state.rollout
+        if rollout is None:
+            return
+        self._tell_end(state, rollout, rollout.kind, rollout.why)
+        self._changed.add(state.component)
+        self._save(with_served(state, rollout.wanted, time.time()))
+
+    def _tell_end(self, state: State, rollout: Rollout, kind: ledger.Kind, why: str) -> None:
+        """The roll-out's entry, with what it rested on. Nobody counted where there is no evidence."""
+        passed = kind != "refusal"
+        self.teller.event(
+            kind,
+            rollout.wanted,
+            state.live,
+            why=why,
+            began=rollout.began,
+            failed=rollout.failed if self.evidence else None,
+            report=rollout.report,
+            pages=self._pages(state, why, passed=passed),
+        )
+
+    def _pages(self, state: State, why: str, *, passed: bool) -> dict[str, str]:
+        if self.evidence is None:
+            return {}
+        try:
+            return self.evidence.pages(state, self.name, why, passed=passed)
+        except Exception:  # whatever keeps a page from being drawn must not keep a version from being taken back
+            log.exception("the roll-out of %s has no page", state.component)
+            return {}
+
+    def _withdraw(self, state: State) -> None:
+        if state.live is None:
+            return
+        self.teller.event("withdrawal", state.live, state.live, why=self.why, began=state.live_since)
+        self._save(state.model_copy(update={"live": None, "served": ()}))
+
+    def _save(self, state: State) -> State:
+        self.memory.save(state, self.token)
+        return state
+
+    def _recover(self) -> None:
+        """A memory that was lost is made anew from what the gateway's node last reached."""
+        if self.memory.states():
+            return
+        report = self.sight.reports().get(self.perimeter.gateway_node)
+        for routed in report.told.routes if report and report.told else ():
+            if routed.weight > 50:
+                wanted = routed.version
+                held = {node.name: (wanted,) for node in self.sight.holders}
+                found = State(component=wanted.component, live=wanted, live_since=time.time(), hold=held)
+                self._save(found.model_copy(update={"routes": (routed,)}))
 
 
-def refusal_error(candidate: Candidate, reason: str) -> RefusedError:
-    """The three parts of a refusal."""
-    return RefusedError(
-        f"{candidate.component} version {candidate.version} may not be served: {reason}",
-        "a version that the gate passed, with a signed and proven archive",
-        f"open results/{candidate.component}/gate/report.html, change the component or its policy, "
-        f"then make deploy-dev COMPONENT={candidate.component}",
+def record_refusal(site: Site, name: str, version: ModelVersion, reason: str) -> None:
+    """Write into the ledger that a request was turned down before it was made; the same refusal is written once."""
+    what = (version.name, version.version, version.tags.get(TAG_DIGEST, ""))
+    found = entry("refusal", what, store(name).state(version.name).live, why=reason, began=time.time())
+    ledger.record(Tracking(site.tracking.url), name, found, outbox())
+
+
+def _release(version: ModelVersion) -> Release:
+    return Release(version.version, version.tags.get(TAG_DIGEST, ""))
+
+
+def _readmitted(component: str, release: Release) -> Admission:
+    return Admission(
+        component=component,
+        version=release.version,
+        digest=release.digest,
+        policy="served",
+        admitted=True,
+        reason="it has served here before",
+        at=time.time(),
     )
 
 
-def _candidate(version: ModelVersion | None) -> Candidate | None:
-    return Candidate(version.name, version.version, version.tags) if version else None
-
-
-@contextmanager
-def _alone(name: str) -> Iterator[None]:
-    path = settings().state / "perimeters" / name / "converge.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=_LOCK_SECONDS)
-    except Timeout as error:
-        raise BusyError(
-            f"{path} has been held for {_LOCK_SECONDS} s", "one converge at a time", "make status"
-        ) from error
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _apply_everywhere(perimeter: Perimeter, wanted: Desired) -> tuple[list[NodeReport], list[TorchrelayError]]:
-    reports: list[NodeReport] = []
-    errors: list[TorchrelayError] = []
-    for node in perimeter.nodes:
-        try:
-            report, error = _apply_on(node, wanted)
-        except TorchrelayError as failure:
-            errors.append(failure)
-            continue
-        reports.append(report)
-        if error:
-            errors.append(error)
-    return reports, errors
-
-
-def _apply_on(node: Node, wanted: Desired) -> tuple[NodeReport, TorchrelayError | None]:
-    """Run `torchrelay apply` on the node, as a process of its own; its last line is its report."""
-    command = [sys.executable, "-m", "torchrelay", "apply", "--node", str(node.folder), "--desired", "-", "--json"]
-    try:
-        done = subprocess.run(
-            command,
-            input=wanted.model_dump_json(),
-            capture_output=True,
-            text=True,
-            timeout=_APPLY_SECONDS,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as late:
-        raise ServingError(f"apply on {node.name} took over {_APPLY_SECONDS} s", "an answer", "make status") from late
-    _keep_log(node, done.stderr)
-    try:
-        answer = json.loads(done.stdout)
-    except ValueError as nothing:
-        raise ServingError(
-            f"apply on {node.name} ended with {done.returncode}: {done.stderr.strip()[-2000:]}",
-            "a report of what the node serves",
-            f"read {_log(node)}",
-        ) from nothing
-    fault = answer["error"]
-    error = ServingError(fault["found"], fault["expected"], fault["next"]) if fault else None
-    return NodeReport.model_validate(answer["report"]), error
-
-
-def _log(node: Node) -> Path:
-    return settings().state / "logs" / f"apply-{node.name}.log"
-
-
-def _keep_log(node: Node, text: str) -> None:
-    _log(node).parent.mkdir(parents=True, exist_ok=True)
-    _log(node).write_text(text, encoding="utf-8")
-
-
-def _changed(reports: list[NodeReport]) -> list[str]:
-    return sorted({served.component for report in reports for served in report.served if served.changed})
-
-
-def _settle(tracking: Tracking, perimeter: Perimeter, outcome: Outcome, event: "_Event") -> None:
-    """Say in the registry what serves now, and in the ledger what happened."""
-    for decision in outcome.decisions:
-        live = tracking.alias(decision.component, live_alias(perimeter))
-        if decision.refusal and decision.refused:
-            event.record(tracking, "refusal", decision.refused, live, decision.refusal)
-        if not outcome.serving(decision.component):
-            continue
-        wanted = decision.wanted
-        if wanted is None:
-            _withdraw(tracking, perimeter, live, event)
-        elif live is None or live.version != wanted.version:
-            with _change(event, wanted.component, live, wanted.version) as change:
-                change.record(tracking, "rollout", wanted, live, event.why)
-                tracking.set_alias(wanted.component, live_alias(perimeter), wanted.version)
-        elif decision.component in outcome.changed:
-            event.record(tracking, "mend", wanted, live, event.why)
-
-
-def _withdraw(tracking: Tracking, perimeter: Perimeter, live: ModelVersion | None, event: "_Event") -> None:
-    """Nobody asks for the component any more and no node serves it: nothing of it is live."""
-    if live is None:
-        return
-    with _change(event, live.name, live, None) as change:
-        change.record(tracking, "withdrawal", Candidate(live.name, live.version, live.tags), live, event.why)
-        tracking.delete_alias(live.name, live_alias(perimeter))
-
-
-class _Underway(Frozen):
-    """A change of what is live, from before it is in the ledger until the alias has moved."""
-
-    from_version: str | None
-    to_version: str | None
-    began: float
-
-
-@contextmanager
-def _change(event: "_Event", component: str, live: ModelVersion | None, to_version: str | None) -> Iterator["_Event"]:
-    """The event, begun when the same change was first tried: killed in between, the rerun finds its own ledger entry.
-
-    The entry comes before the alias, since a live version that no entry explains is worse than an entry too early.
-    """
-    note = settings().state / "perimeters" / event.perimeter / "underway" / f"{component}.json"
-    change = _Underway(from_version=live.version if live else None, to_version=to_version, began=event.began)
-    if note.is_file():
-        earlier = read_json(_Underway, note, f"rm {note}")
-        if (earlier.from_version, earlier.to_version) == (change.from_version, change.to_version):
-            change = earlier
-    write_json(note, change)
-    yield replace(event, began=change.began)
-    note.unlink()
-
-
-def record_refusal(tracking: Tracking, name: str, perimeter: Perimeter, candidate: Candidate, reason: str) -> None:
-    """Write into the ledger that a request was turned down; the same refusal is written once."""
-    live = tracking.alias(candidate.component, live_alias(perimeter))
-    _Event(name, reason, time.time()).record(tracking, "refusal", candidate, live, reason)
-
-
-@dataclass(frozen=True)
-class _Event:
-    """One run of converge, as the ledger tells it."""
-
-    perimeter: str
-    why: str
-    began: float
-
-    def record(
-        self, tracking: Tracking, kind: ledger.Kind, candidate: Candidate, live: ModelVersion | None, why: str
-    ) -> None:
-        entry = ledger.Entry(
-            kind=kind,
-            component=candidate.component,
-            who=getpass.getuser(),
-            why=why,
-            from_version=live.version if live else None,
-            to_version=None if kind == "withdrawal" else candidate.version,
-            verdict="refuse" if kind == "refusal" else "pass",
-            digest=candidate.tags.get(TAG_DIGEST, ""),
-            duration_s=time.time() - self.began,
-            failed_requests=None,
-            started=self.began,
-        )
-        ledger.record(tracking, self.perimeter, entry, _outbox())
-
-
-def _outbox() -> Path:
-    return settings().state / "ledger-outbox"
-
-
-def _flush(tracking: Tracking) -> None:
-    ledger.flush_outbox(tracking, _outbox())
+def _refused(rollout: Rollout, reason: str) -> Admission:
+    """What was admitted, and failed on its way."""
+    return Admission(
+        component=rollout.wanted.component,
+        version=rollout.wanted.version,
+        digest=rollout.wanted.digest,
+        policy=rollout.policy,
+        admitted=False,
+        reason=reason,
+        at=rollout.began,
+        report=rollout.report,
+    )

@@ -6,7 +6,7 @@ are compared sample by sample on the same set, since the noise of the set itself
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import NormalDist, fmean, stdev
 from typing import NamedTuple
 
@@ -14,11 +14,17 @@ from torchrelay.config import Component, Frozen, Metric
 from torchrelay.errors import DataError
 from torchrelay.handover import Evaluation, TrainedRun, Verdict
 
-Z = NormalDist().inv_cdf(0.975)
+LARGEST = 1e100
+"""A score beyond this is as good as infinite: its square would overflow."""
+
+
+def normal(probability: float, _freedom: int = 0) -> float:
+    """The quantile of the normal distribution, whatever the degrees of freedom."""
+    return NormalDist().inv_cdf(probability)
 
 
 class Comparison(NamedTuple):
-    """Candidate minus live, paired, with its 95 % interval; one sample that is not 0 or 1 has none."""
+    """Candidate minus live, paired, with its interval; one sample that is not 0 or 1 has none."""
 
     difference: float
     interval: tuple[float, float] | None
@@ -56,14 +62,14 @@ def judge(component: Component, run: TrainedRun, candidate: Evaluation, live: Li
     theirs = live.evaluation if live else None
     if live and theirs:
         _insist_on_one_test_set(component, candidate, live.version, theirs)
-    reasons = list(_faults("the candidate", candidate)) or list(_live_faults(candidate, live))
-    figure = _mean(candidate.scores)
+    reasons = list(unfit("the candidate", candidate)) or list(_live_faults(candidate, live))
+    figure = mean(candidate.scores)
     compared = compare(candidate.scores, theirs.scores) if theirs and not reasons else None
     if figure is not None:
         reasons += _unlike_logged(component.metric, run, figure)
-        reasons += _below_floor(component.metric, figure)
+        reasons += below_floor(component.metric, figure)
     if live and compared:
-        reasons += _below_live(component.metric, live.version, compared)
+        reasons += below_live(component.metric, live.version, compared.difference)
     return Verdict(
         component=component.name,
         run_id=run.run_id,
@@ -74,28 +80,46 @@ def judge(component: Component, run: TrainedRun, candidate: Evaluation, live: Li
         floor=component.metric.floor,
         allowed_regression=component.metric.allowed_regression,
         live_version=live.version if live else None,
-        live=_mean(theirs.scores) if theirs else None,
+        live=mean(theirs.scores) if theirs else None,
         difference=compared.difference if compared else None,
         interval=compared.interval if compared else None,
         test_set=candidate.test_set,
     )
 
 
-def compare(candidate: Sequence[float], live: Sequence[float]) -> Comparison:
-    """Mean paired difference of two equally long score lists, with its 95 % interval.
+def compare(
+    candidate: Sequence[float],
+    live: Sequence[float],
+    confidence: float = 0.95,
+    quantile: Callable[[float, int], float] = normal,
+) -> Comparison:
+    """Mean paired difference of two equally long score lists, with its two-sided interval.
 
     Scores that are all 0 or 1 get Newcombe's interval for the difference of paired proportions (Statistics in
-    Medicine 17, 1998, 2635-2650, method 10), which stays honest where few or no samples differ. Others get the
-    normal approximation of the mean paired difference, fair from some thirty samples on.
+    Medicine 17, 1998, 2635-2650, method 10), which stays honest where few or no samples differ. Others get that of
+    the mean paired difference by `quantile` (of a probability and the degrees of freedom); the normal approximation
+    is fair from some thirty samples on.
     """
     differences = [c - o for c, o in zip(candidate, live, strict=True)]
-    mean = math.fsum(differences) / len(differences)
-    if set(candidate) | set(live) <= {0.0, 1.0}:
-        return Comparison(mean, _newcombe(candidate, live, mean))
+    average = math.fsum(differences) / len(differences)
+    if binary(candidate, live):
+        return Comparison(average, _newcombe(candidate, live, average, normal((1 + confidence) / 2)))
     if len(differences) < 2:
-        return Comparison(mean, None)
-    half = Z * stdev(differences) / math.sqrt(len(differences))
-    return Comparison(mean, (mean - half, mean + half))
+        return Comparison(average, None)
+    half = quantile((1 + confidence) / 2, len(differences) - 1) * stdev(differences) / math.sqrt(len(differences))
+    return Comparison(average, (average - half, average + half))
+
+
+def binary(*scores: Sequence[float]) -> bool:
+    """Whether all scores are 0 or 1, as those of a classification are."""
+    return all({0.0, 1.0}.issuperset(some) for some in scores)
+
+
+def wilson(successes: int, n: int, z: float) -> tuple[float, float]:
+    """Wilson's score interval of a proportion, `z` standard deviations to both sides."""
+    p = successes / n
+    centre, spread = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return (centre - spread) / (1 + z * z / n), (centre + spread) / (1 + z * z / n)
 
 
 def slices(candidate: Evaluation, live: Evaluation | None) -> list[Slice]:
@@ -103,7 +127,7 @@ def slices(candidate: Evaluation, live: Evaluation | None) -> list[Slice]:
     found = [
         _slice(slicing, name, places, candidate, live)
         for slicing, names in candidate.slices.items()
-        for name, places in _places(names).items()
+        for name, places in places_of(names).items()
     ]
     return sorted(found, key=lambda row: (row.candidate, row.slicing, row.name))
 
@@ -115,7 +139,7 @@ def _slice(slicing: str, name: str, places: list[int], candidate: Evaluation, li
     return Slice(slicing=slicing, name=name, samples=len(places), candidate=ours, live=theirs, difference=difference)
 
 
-def _places(names: list[str]) -> dict[str, list[int]]:
+def places_of(names: list[str]) -> dict[str, list[int]]:
     """Slice name to the positions of its samples."""
     found: dict[str, list[int]] = defaultdict(list)
     for place, name in enumerate(names):
@@ -132,11 +156,16 @@ def _insist_on_one_test_set(component: Component, ours: Evaluation, version: str
         )
 
 
-def _faults(whose: str, evaluation: Evaluation) -> Iterator[str]:
+def usable(score: float) -> bool:
+    """Whether a score is a finite number that can be reckoned with."""
+    return abs(score) <= LARGEST
+
+
+def unfit(whose: str, evaluation: Evaluation) -> Iterator[str]:
     """What makes an evaluation unfit to be judged."""
     if not evaluation.scores:
         yield f"the evaluation of {whose} holds no scores"
-    broken = sum(not math.isfinite(score) for score in evaluation.scores)
+    broken = sum(not usable(score) for score in evaluation.scores)
     if broken:
         yield f"{broken} of {len(evaluation.scores)} scores of {whose} are not finite numbers"
     for slicing, names in evaluation.slices.items():
@@ -151,7 +180,7 @@ def _live_faults(candidate: Evaluation, live: Live | None) -> Iterator[str]:
     if live is None or live.evaluation is None:
         return
     version, theirs = live.version, live.evaluation
-    yield from _faults(f"live version {version}", theirs)
+    yield from unfit(f"live version {version}", theirs)
     if len(theirs.scores) != len(candidate.scores):
         yield (
             f"the candidate has {len(candidate.scores)} scores and live version {version} has {len(theirs.scores)}, "
@@ -168,30 +197,31 @@ def _unlike_logged(metric: Metric, run: TrainedRun, figure: float) -> Iterator[s
         yield f"training logged {metric.name} {logged:.6g}, but its scores on the test set average {figure:.6g}"
 
 
-def _below_floor(metric: Metric, figure: float) -> Iterator[str]:
+def below_floor(metric: Metric, figure: float) -> Iterator[str]:
+    """The reason to refuse a mean score that lies below the floor."""
     if figure < metric.floor:
         yield f"{metric.name} {figure:.6g} is below the floor of {metric.floor:.6g}"
 
 
-def _below_live(metric: Metric, version: str, compared: Comparison) -> Iterator[str]:
-    if metric.allowed_regression is not None and compared.difference < -metric.allowed_regression:
+def below_live(metric: Metric, version: str, difference: float) -> Iterator[str]:
+    """The reason to refuse a candidate that lies further below the live version than the policy allows."""
+    if metric.allowed_regression is not None and difference < -metric.allowed_regression:
         allowed = f"{metric.allowed_regression:.6g} is allowed" if metric.allowed_regression else "none is allowed"
-        yield f"{metric.name} is {-compared.difference:.6g} below live version {version}; {allowed}"
+        yield f"{metric.name} is {-difference:.6g} below live version {version}; {allowed}"
 
 
-def _mean(scores: Sequence[float]) -> float | None:
+def mean(scores: Sequence[float]) -> float | None:
     """The mean, or None if it would not be a number."""
-    mean = fmean(scores) if scores else math.nan
-    return mean if math.isfinite(mean) else None
+    return fmean(scores) if scores and all(map(usable, scores)) else None
 
 
-def _newcombe(candidate: Sequence[float], live: Sequence[float], mean: float) -> tuple[float, float]:
+def _newcombe(candidate: Sequence[float], live: Sequence[float], mean: float, z: float) -> tuple[float, float]:
     """Newcombe's method 10: Wilson intervals of both proportions, joined with the correlation of the pairs."""
     n = len(candidate)
     cells = Counter(zip(candidate, live, strict=True))
     a, b, c, d = cells[1, 1], cells[1, 0], cells[0, 1], cells[0, 0]
     p1, p2 = (a + b) / n, (a + c) / n
-    (l1, u1), (l2, u2) = _wilson(a + b, n), _wilson(a + c, n)
+    (l1, u1), (l2, u2) = wilson(a + b, n, z), wilson(a + c, n, z)
     phi = _phi(a, b, c, d, n)
     below = (p1 - l1) ** 2 - 2 * phi * (p1 - l1) * (u2 - p2) + (u2 - p2) ** 2
     above = (p2 - l2) ** 2 - 2 * phi * (p2 - l2) * (u1 - p1) + (u1 - p1) ** 2
@@ -205,10 +235,3 @@ def _phi(a: int, b: int, c: int, d: int, n: int) -> float:
         return 0.0
     excess = a * d - b * c
     return (max(excess - n / 2, 0.0) if excess > 0 else excess) / math.sqrt(margins)
-
-
-def _wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's 95 % score interval of a proportion."""
-    p = successes / n
-    centre, spread = p + Z * Z / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z * Z / (4 * n * n))
-    return (centre - spread) / (1 + Z * Z / n), (centre + spread) / (1 + Z * Z / n)

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from torchrelay.config import site, write_json
-from torchrelay.delivery.converge import Outcome, converge, record_refusal, refusal_error, refused
-from torchrelay.delivery.plan import Candidate, refusal
+from torchrelay.config import Site, site, write_json
+from torchrelay.delivery.admission import refusal, refusal_error
+from torchrelay.delivery.converge import Outcome, converge, record_refusal
 from torchrelay.errors import RefusedError, ServingError
 from torchrelay.handover import ArchiveRecord
 from torchrelay.tracking import Tracking
@@ -13,12 +13,11 @@ from torchrelay.tracking import Tracking
 def deploy_model(name: str, record: ArchiveRecord, perimeter: str, output: Path) -> Outcome:
     """Ask for `record` in `perimeter` and bring the perimeter there. A version that may not go moves no alias."""
     here = site()
-    tracking = Tracking(here.tracking.url)
-    request(tracking, name, record.version, perimeter)
+    request(here, name, record.version, perimeter)
     outcome = converge(here, perimeter, why=f"make deploy-{perimeter}")
-    if error := refused(outcome, name):
+    if error := outcome.refusal(name):
         raise error
-    if not outcome.serving(name):
+    if not outcome.serves(here.perimeters[perimeter], name, record.version):
         raise ServingError(
             f"{perimeter} does not serve {name} version {record.version}",
             "every node serving it in good health",
@@ -28,12 +27,13 @@ def deploy_model(name: str, record: ArchiveRecord, perimeter: str, output: Path)
     return outcome
 
 
-def request(tracking: Tracking, name: str, version: str, perimeter: str) -> None:
+def request(here: Site, name: str, version: str, perimeter: str) -> None:
     """Move the perimeter's alias to the version, unless it is there already.
 
     A version that may not be served raises RefusedError, moves nothing, and is in the ledger.
     """
-    place = site().perimeters[perimeter]
+    tracking = Tracking(here.tracking.url)
+    place = here.perimeters[perimeter]
     found = tracking.version(name, version)
     if found is None:
         raise RefusedError(
@@ -41,10 +41,9 @@ def request(tracking: Tracking, name: str, version: str, perimeter: str) -> None
             "a registered version",
             f"make deploy-dev COMPONENT={name}",
         )
-    candidate = Candidate(name, version, found.tags)
-    if reason := refusal(candidate):
-        record_refusal(tracking, perimeter, place, candidate, reason)
-        raise refusal_error(candidate, reason)
+    if reason := refusal(found):
+        record_refusal(here, perimeter, found, reason)
+        raise refusal_error(name, version, reason)
     present = tracking.alias(name, place.alias)
     if present is None or present.version != version:
         tracking.set_alias(name, place.alias, version)

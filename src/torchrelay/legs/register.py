@@ -97,7 +97,7 @@ def package_archive(name: str, registration: Registration, train: Path, folder: 
     tags = {
         lineage.TAG_ARCHIVE_URL: url,
         lineage.TAG_ENVIRONMENT: manifest.environment,
-        lineage.TAG_SERVING: json.dumps(component(name).serving.model_dump(), sort_keys=True),
+        lineage.TAG_SERVING: json.dumps(_serving(name), sort_keys=True),
         # Last: a version that has a digest has all that serving it needs.
         lineage.TAG_DIGEST: manifest.digest,
     }
@@ -111,6 +111,12 @@ def package_archive(name: str, registration: Registration, train: Path, folder: 
     )
     write_json(record, found)
     return found
+
+
+def _serving(name: str) -> dict[str, object]:
+    """How the version asks to be served."""
+    policy = component(name)
+    return {**policy.serving.model_dump(), "keep_inputs": policy.monitoring.keep_inputs}
 
 
 def _made_before(tracking: Tracking, registration: Registration, train: Path, folder: Path) -> Manifest | None:

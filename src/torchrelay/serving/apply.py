@@ -8,34 +8,54 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 from filelock import FileLock, Timeout
 
 from torchrelay import archive
-from torchrelay.config import NodeConfig, read_json, write_json
+from torchrelay.config import GatewayPlace, NodeConfig, read_json, write_json
 from torchrelay.console import say, show_error
-from torchrelay.errors import BusyError, ServingError, TorchrelayError
-from torchrelay.handover import Desired, Environment, GoldenSet, NodeReport, ServedVersion, WantedVersion
+from torchrelay.errors import ArchiveError, BusyError, ServingError, TorchrelayError
+from torchrelay.handover import (
+    Desired,
+    Endpoint,
+    Environment,
+    Fault,
+    GoldenSet,
+    HeldVersion,
+    NodeReport,
+    RoutedVersion,
+    WantedVersion,
+)
 from torchrelay.serving import gateway, golden
 from torchrelay.serving.engine import Engine, Instance, Loaded, engine_class
-from torchrelay.serving.gateway import Backend, Endpoint, Routes
+from torchrelay.serving.gateway import Backend, Routes
 from torchrelay.serving.ports import port_taken
 from torchrelay.serving.supervisor import Supervisor
 
 _READY_SECONDS = 120
 _LOCK_SECONDS = 600
+# With less than this a version that does not load may just have found no room.
+_ROOM_BYTES = 200 * 2**20
 
 
 class ApplyError(ServingError):
-    """Some component did not reach its desired state; `report` says what the node serves all the same."""
+    """Some version did not reach its desired state; `report` says what the node holds and routes all the same."""
 
     def __init__(self, report: NodeReport, errors: list[TorchrelayError]) -> None:
         super().__init__(errors[0].found, errors[0].expected, errors[0].next_command)
         self.report = report
         self.errors = errors
+
+
+class UnfitError(ServingError):
+    """A version that does not load, or does not reproduce its golden outputs here: trying again is no use."""
+
+
+class FencedError(BusyError):
+    """A converger whose lease somebody else has taken over: what it asks for is out of date."""
 
 
 def node_config(folder: Path) -> NodeConfig:
@@ -75,43 +95,50 @@ def keep(folder: Path, every: float) -> NoReturn:
     """
     while True:
         time.sleep(every)
+        if not (folder / "desired.json").is_file():  # nothing was ever asked of this node
+            continue
         try:
             report = apply(node_config(folder))
         except TorchrelayError as error:
             show_error(error)
             continue
-        for mended in (served for served in report.served if served.changed):
+        for mended in (held for held in report.held if held.changed):
             say(f"{time.strftime('%F %T')} mended {mended.component} version {mended.version}")
 
 
 def observe(node: NodeConfig) -> NodeReport:
-    """What the node serves now: routed by its gateway and healthy in its engine. Changes nothing."""
-    routed = {backend.component: backend for backend in gateway.live_backends(node.gateway)}
-    alive = gateway.healthy(node.gateway)
-    loaded = {(found.component, found.version): found for found in _loaded_everywhere(node)}
+    """What the node holds in its engines and routes at its gateway, asked of them now. Changes nothing."""
+    place = node.gateway
     return NodeReport(
         node=node.name,
-        served=tuple(
-            ServedVersion(
-                component=name,
-                version=backend.version,
-                digest=backend.digest,
-                healthy=alive and _answers(loaded.get((name, backend.version)), backend.digest),
-            )
-            for name, backend in sorted(routed.items())
-        ),
+        held=tuple(sorted(_held(node), key=lambda one: (one.component, one.version))),
+        routed=gateway.shares(place) if place else None,
+        gateway_healthy=gateway.healthy(place) if place else None,
+        draining=gateway.draining(place) if place else (),
+        told=last_desired(node),
     )
 
 
-def _answers(found: Loaded | None, digest: str) -> bool:
-    return found is not None and found.healthy and found.digest == digest
+def _held(node: NodeConfig) -> Iterator[HeldVersion]:
+    for engine in _engines(node):
+        for found in engine.loaded() if engine.ready() else []:
+            yield HeldVersion(
+                component=found.component,
+                version=found.version,
+                digest=found.digest,
+                healthy=found.healthy,
+                endpoint=engine.endpoint(found.component, found.version),
+                path=engine.path(found.component, found.version),
+            )
 
 
-def _loaded_everywhere(node: NodeConfig) -> Iterable[Loaded]:
-    for file in sorted((node.folder / "engines").glob("*/instance.json")):
-        engine = engine_class(node.engine)(read_json(Instance, file, "make up"))
-        if engine.ready():
-            yield from engine.loaded()
+def _engines(node: NodeConfig) -> Iterator[Engine]:
+    for file in _instance_files(node):
+        yield engine_class(node.engine)(read_json(Instance, file, "make up"))
+
+
+def _instance_files(node: NodeConfig) -> list[Path]:
+    return sorted((node.folder / "engines").glob("*/instance.json"))
 
 
 class _Apply:
@@ -121,71 +148,107 @@ class _Apply:
         self.node = node
         self.supervisor = Supervisor(node.supervisor, node.programs)
         self.changed: set[str] = set()
+        self.rerouted: set[str] = set()
+        self.errors: list[TorchrelayError] = []
+        self.faults: list[Fault] = []
 
     def run(self, desired: Desired) -> NodeReport:
+        last = last_desired(self.node)
+        _refuse_stale(desired, last)
         self._ensure_gateway()
-        errors: list[TorchrelayError] = []
-        before = {backend.component: backend for backend in gateway.live_backends(self.node.gateway)}
-        last = {wanted.component: wanted for wanted in last_desired(self.node).components}
-        after: list[Backend] = []
-        reached: list[WantedVersion] = []
-        for wanted in desired.components:
-            name = wanted.component
-            try:
-                after.append(self._bring_up(wanted))
-                reached.append(wanted)
-            except TorchrelayError as error:
-                errors.append(error)
-                after.extend([before[name]] if name in before else [])
-                reached.extend([last[name]] if name in last else [])
+        held = {_key(wanted): self._try_to_hold(wanted) for wanted in desired.components}
+        failed = {component for (component, _), backend in held.items() if backend is None}
         try:
-            if gateway.apply_routes(self.node.gateway, Routes(backends=tuple(after))):
-                self.changed |= {backend.component for backend in after if before.get(backend.component) != backend}
-            # What was reached, not what was asked: this is what the node goes back to by itself. Written before
-            # anything drains, which takes long: a kill then must not make the keeper swap back.
-            reached_state = Desired(perimeter=desired.perimeter, components=tuple(reached))
-            write_json(self.node.folder / "desired.json", reached_state)
-            self._retire(after)
+            self._reach(_what_was_reached(desired, last, held, failed), held, failed)
         except TorchrelayError as error:
-            errors.append(error)
+            self.errors.append(error)
         report = self._report()
-        if errors:
-            raise ApplyError(report, errors)
+        if self.errors:
+            raise ApplyError(report, self.errors)
         return report
+
+    def _reach(self, reached: Desired, held: dict[tuple[str, str], Backend | None], failed: set[str]) -> None:
+        """Swap what is routed, write down what was reached, then take away what is no longer wanted.
+
+        What was reached, not what was asked: this is what the node goes back to by itself. Written before anything
+        drains, which takes long: a kill then must not make the keeper swap back.
+        """
+        backends = self._route(reached, held, failed) if self.node.gateway else []
+        write_json(self.node.folder / "desired.json", reached)
+        self._retire(reached, backends)
+
+    def _route(self, reached: Desired, held: dict[tuple[str, str], Backend | None], failed: set[str]) -> list[Backend]:
+        """Bring the gateway to the routes; a component that failed keeps those that it had."""
+        place = _place(self.node)
+        before = gateway.live_backends(place)
+        after = [backend for backend in before if backend.component in failed]
+        after += [_backend(routed, held) for routed in reached.routes if routed.version.component not in failed]
+        if gateway.apply_routes(place, Routes(backends=tuple(after))):
+            self.rerouted = {backend.component for backend in {*before} ^ {*after}}
+        return after
 
     def _report(self) -> NodeReport:
         seen = observe(self.node)
-        return NodeReport(
-            node=seen.node,
-            served=tuple(
-                served.model_copy(update={"changed": served.component in self.changed}) for served in seen.served
-            ),
-        )
+        held = tuple(one.model_copy(update={"changed": one.component in self.changed}) for one in seen.held)
+        changed = tuple(sorted(self.rerouted))
+        return seen.model_copy(update={"held": held, "faults": tuple(self.faults), "changed": changed})
 
     def _ensure_gateway(self) -> None:
         place = self.node.gateway
+        if place is None:
+            return
         gateway.write_bootstrap(place)
         self.supervisor.ensure(gateway.gateway_program(place, self.node.logs / f"{self.node.perimeter}-gateway.log"))
         _wait(lambda: gateway.healthy(place), _READY_SECONDS, f"gateway on port {place.port}", self.node.logs)
+
+    def _try_to_hold(self, wanted: WantedVersion) -> Backend | None:
+        """The version as something to route to; None, with its fault noted, if it could not be brought up."""
+        try:
+            return self._bring_up(wanted)
+        except TorchrelayError as error:
+            self._blame(wanted, error)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            self._blame(wanted, ServingError(f"{where}{error.strerror}", "room to write", "make doctor"))
+        return None
+
+    def _blame(self, wanted: WantedVersion, error: TorchrelayError) -> None:
+        """Note the fault. A version is not blamed for what a full disk may have done to it."""
+        final = isinstance(error, ArchiveError | UnfitError) and _has_room(self.node.folder)
+        self.errors.append(error)
+        self.faults.append(
+            Fault(
+                component=wanted.component,
+                version=wanted.version,
+                found=error.found,
+                expected=error.expected,
+                next_command=error.next_command,
+                final=final,
+            )
+        )
 
     def _bring_up(self, wanted: WantedVersion) -> Backend:
         """Fetched, verified, loaded and proven: only then is a version something to route to."""
         engine = self._engine(wanted)
         if not any(_is(found, wanted) and found.healthy for found in engine.loaded()):
             folder = self._archive(wanted)
+            self._load(engine, wanted, folder)
+            self.changed.add(wanted.component)
+        return _backend_of(
+            RoutedVersion(version=wanted),
+            (engine.endpoint(wanted.component, wanted.version),),
+            engine.path(wanted.component, wanted.version),
+        )
+
+    def _load(self, engine: Engine, wanted: WantedVersion, folder: Path) -> None:
+        """Into the engine, and its golden inputs through it. UnfitError if that is the version's own fault."""
+        try:
             engine.load(folder, wanted)
             self._prove(engine, wanted, folder)
-            self.changed.add(wanted.component)
-        host, port = engine.address()
-        return Backend(
-            component=wanted.component,
-            version=wanted.version,
-            digest=wanted.digest,
-            endpoints=(Endpoint(host=host, port=port),),
-            path=engine.path(wanted.component, wanted.version),
-            max_body_bytes=wanted.max_body_bytes,
-            timeout_s=wanted.response_timeout_s,
-        )
+        except ServingError as error:
+            if not engine.ready():  # the engine died, which another version may have caused
+                raise
+            raise UnfitError(error.found, error.expected, error.next_command) from error
 
     def _archive(self, wanted: WantedVersion) -> Path:
         """The archive's folder on this node, fetched if it is not here, and verified whichever way it came."""
@@ -246,6 +309,8 @@ class _Apply:
             log=self.node.logs / f"{self.node.name}-{name}.log",
             response_timeout_s=wanted.response_timeout_s,
             max_body_bytes=wanted.max_body_bytes,
+            predictions=self.node.predictions,
+            keep_inputs=wanted.keep_inputs,
         )
         write_json(folder / "instance.json", instance)
         return instance
@@ -257,11 +322,7 @@ class _Apply:
 
     def _free_ports(self) -> tuple[int, ...]:
         """The next ports of the node's range that no instance has and nobody listens on."""
-        given = {
-            port
-            for file in (self.node.folder / "engines").glob("*/instance.json")
-            for port in read_json(Instance, file, "make up").ports
-        }
+        given = {port for file in _instance_files(self.node) for port in read_json(Instance, file, "make up").ports}
         first, last = self.node.engine_ports
         needed = engine_class(self.node.engine).ports_needed
         free = [port for port in range(first, last + 1) if port not in given and not port_taken(port)]
@@ -289,29 +350,106 @@ class _Apply:
                 f"make deploy-dev COMPONENT={wanted.component}",
             )
 
-    def _retire(self, kept: list[Backend]) -> None:
-        """Drain and unload every version that is routed no more, and stop engines that serve nothing."""
-        routed = {(backend.component, backend.version) for backend in kept}
-        addresses = {(endpoint.host, endpoint.port) for backend in kept for endpoint in backend.endpoints}
-        for file in sorted((self.node.folder / "engines").glob("*/instance.json")):
+    def _retire(self, reached: Desired, routed: list[Backend]) -> None:
+        """Unload every version that is wanted no more, drained where this node's own gateway sent it requests.
+
+        An engine that nothing wanted runs on is stopped.
+        """
+        kept = {_key(wanted) for wanted in reached.components}
+        kept |= {(backend.component, backend.version) for backend in routed}
+        names = {_instance_name(wanted) for wanted in reached.components}
+        used = {endpoint.port for backend in routed for endpoint in backend.endpoints}
+        for file in _instance_files(self.node):
             instance = read_json(Instance, file, "make up")
             engine = engine_class(self.node.engine)(instance)
-            needed = engine.address() in addresses
+            needed = file.parent.name in names or bool(used & set(instance.ports))
             for found in engine.loaded() if engine.ready() else []:
-                if not needed or (found.component, found.version) not in routed:
+                if not needed or (found.component, found.version) not in kept:
                     self._drain(found, instance.response_timeout_s)
                     engine.unload(found.component, found.version)
             if not needed:
                 self.supervisor.remove(instance.name)
                 shutil.rmtree(instance.folder)
-        gateway.prune(self.node.gateway)
+        if self.node.gateway:
+            gateway.prune(self.node.gateway)
 
     def _drain(self, found: Loaded, longest_s: float) -> None:
-        """Wait until no request is in flight: as long as one may take to arrive, and `longest_s` to be answered."""
+        """Wait until no request is in flight: as long as one may take to arrive, and `longest_s` to be answered.
+
+        A node without a gateway is told to let go of a version only when the perimeter's gateway has drained it.
+        """
         place = self.node.gateway
         end = time.monotonic() + gateway.REQUEST_TIMEOUT_S + longest_s
-        while gateway.in_flight(place, found.component, found.version) and time.monotonic() < end:
+        while place and gateway.in_flight(place, found.component, found.version) and time.monotonic() < end:
             time.sleep(0.05)
+
+
+def _refuse_stale(desired: Desired, last: Desired) -> None:
+    """A node does what the newest holder of the lease says, and nobody before it."""
+    if desired.token < last.token:
+        raise FencedError(
+            f"a desired state with the fencing token {desired.token}, after one with {last.token}",
+            "the present holder of the perimeter's lease",
+            "make status",
+        )
+
+
+def _what_was_reached(
+    desired: Desired, last: Desired, held: dict[tuple[str, str], Backend | None], failed: set[str]
+) -> Desired:
+    """What was asked, but for components that failed: they keep what they had, and what came up beside it."""
+    reached = [wanted for wanted in desired.components if held[_key(wanted)]]
+    there = {_key(wanted) for wanted in reached}
+    reached += [wanted for wanted in last.components if wanted.component in failed and _key(wanted) not in there]
+    routes = [routed for routed in desired.routes if routed.version.component not in failed]
+    routes += [routed for routed in last.routes if routed.version.component in failed]
+    reached.sort(key=_key)
+    routes.sort(key=lambda routed: _key(routed.version))
+    return desired.model_copy(update={"components": tuple(reached), "routes": tuple(routes)})
+
+
+def _backend(routed: RoutedVersion, held: dict[tuple[str, str], Backend | None]) -> Backend:
+    """Where the routed version is served: on the nodes that are named, else on this very node."""
+    if routed.endpoints:
+        return _backend_of(routed, routed.endpoints, routed.path)
+    here = held.get(_key(routed.version))
+    if here is None:
+        raise ServingError(
+            f"a route to {routed.version.component} version {routed.version.version}, which this node does not hold",
+            "endpoints, or a version among those to be held",
+            "make status",
+        )
+    return _backend_of(routed, here.endpoints, here.path)
+
+
+def _backend_of(routed: RoutedVersion, endpoints: tuple[Endpoint, ...], path: str) -> Backend:
+    wanted = routed.version
+    return Backend(
+        component=wanted.component,
+        version=wanted.version,
+        digest=wanted.digest,
+        endpoints=endpoints,
+        path=path,
+        weight=routed.weight,
+        mirror=routed.mirror,
+        max_body_bytes=wanted.max_body_bytes,
+        max_requests_per_s=wanted.max_requests_per_s,
+        timeout_s=wanted.response_timeout_s,
+    )
+
+
+def _place(node: NodeConfig) -> GatewayPlace:
+    if node.gateway is None:
+        raise ServingError(f"routes for {node.name}, which has no gateway", "a node with a gateway", "make status")
+    return node.gateway
+
+
+def _has_room(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free > _ROOM_BYTES
+
+
+def _key(wanted: WantedVersion) -> tuple[str, str]:
+    return wanted.component, wanted.version
 
 
 def _ask(engine: Engine, wanted: WantedVersion, expected: GoldenSet) -> float:
@@ -335,7 +473,8 @@ def _ask(engine: Engine, wanted: WantedVersion, expected: GoldenSet) -> float:
 
 def _instance_name(wanted: WantedVersion) -> str:
     """An engine has one environment and one set of settings; with others a new one takes over, losing no request."""
-    settings = wanted.model_dump_json(exclude={"component", "version", "digest", "environment", "url"})
+    others = {"component", "version", "digest", "environment", "url", "max_requests_per_s"}
+    settings = wanted.model_dump_json(exclude=others)
     return f"{wanted.component}-{wanted.environment}-{hashlib.sha256(settings.encode()).hexdigest()[:6]}"
 
 

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from torchrelay.config import Frozen
 from torchrelay.errors import ConfigError
-from torchrelay.handover import WantedVersion
+from torchrelay.handover import Endpoint, WantedVersion
 
 _ENGINES = {"torchserve": "torchrelay.serving.torchserve:TorchServe"}
 
@@ -40,6 +40,8 @@ class Instance(Frozen):
     log: Path
     response_timeout_s: int = 30
     max_body_bytes: int = 4 * 2**20
+    predictions: Path | None = Field(None, description="Folder of the prediction log; None: none is written.")
+    keep_inputs: bool = Field(False, description="Whether the prediction log may keep inputs.")
 
 
 class Loaded(Frozen):
@@ -101,12 +103,12 @@ class Engine(Protocol):
         """The engine's metrics in Prometheus' text form."""
         ...
 
-    def address(self) -> tuple[str, int]:
-        """Host and port that the gateway sends requests to."""
+    def endpoint(self, component: str, version: str) -> Endpoint:
+        """Where the gateway sends requests for a version, and where it asks whether that very version is well."""
         ...
 
     def path(self, component: str, version: str) -> str:
-        """The path under `address` that answers for a version."""
+        """The path at the endpoint that answers for a version."""
         ...
 
 

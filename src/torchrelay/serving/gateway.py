@@ -16,12 +16,15 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final
-from urllib.parse import urlencode
+from typing import Final
+
+from pydantic import ValidationError
 
 from torchrelay.config import GatewayPlace, Json, write_file
 from torchrelay.errors import ServingError
+from torchrelay.handover import Endpoint, RouteShare
 from torchrelay.serving.engine import Program
+from torchrelay.serving.gateway_admin import NobodyListensError, admin, get, statistics
 from torchrelay.serving.gateway_config import (
     BOOTSTRAP,
     CLUSTERS,
@@ -30,15 +33,13 @@ from torchrelay.serving.gateway_config import (
     ROUTES,
     STAT_PREFIX,
     Backend,
-    Endpoint,
     Routes,
     bootstrap,
     cluster,
     cluster_file,
-    route_file,
     static_bootstrap,
 )
-from torchrelay.serving.ports import HOST
+from torchrelay.serving.gateway_routes import route_file
 
 __all__ = [
     "REQUEST_TIMEOUT_S",
@@ -46,6 +47,7 @@ __all__ = [
     "Endpoint",
     "Routes",
     "apply_routes",
+    "draining",
     "envoy_binary",
     "gateway_program",
     "healthy",
@@ -53,6 +55,7 @@ __all__ = [
     "live_backends",
     "prune",
     "retries",
+    "shares",
     "write_bootstrap",
 ]
 
@@ -60,10 +63,6 @@ _TIMEOUT_S: Final = 15.0
 _POLL_S: Final = 0.01
 # Envoy's name for the watcher of each file, under which its statistics stand.
 _WATCHERS: Final = {CLUSTERS: "cluster_manager.cds", ROUTES: f"http.{STAT_PREFIX}.rds.{ROUTE_NAME}"}
-
-
-class _NobodyListensError(ServingError):
-    """Nothing listens on the gateway's admin port: it does not run."""
 
 
 def envoy_binary() -> Path:
@@ -136,22 +135,61 @@ def prune(place: GatewayPlace) -> list[str]:
 
 def in_flight(place: GatewayPlace, component: str, version: str) -> int:
     """Requests still in flight to this version's backends that are routed no more; 0 when they may be stopped."""
-    kept = {backend.cluster for backend in live_backends(place)}
     prefix = f"{component}@{version}@"
-    return sum(requests for name, requests in _settled(place).items() if name.startswith(prefix) and name not in kept)
+    return sum(requests for name, requests in _leaving(place).items() if name.startswith(prefix))
+
+
+def draining(place: GatewayPlace) -> tuple[str, ...]:
+    """`component@version` of each that is routed no more and still has requests in flight; none where no gateway runs.
+
+    A version whose endpoints have changed is among them while the old ones still answer.
+    """
+    try:
+        found = _leaving(place)
+    except NobodyListensError:
+        return ()
+    return tuple(sorted({name.rpartition("@")[0] for name, requests in found.items() if requests}))
 
 
 def live_backends(place: GatewayPlace) -> tuple[Backend, ...]:
-    """What the running gateway routes, asked of Envoy itself; nothing where no gateway runs."""
+    """What the running gateway routes or keeps warm, asked of Envoy itself; nothing where no gateway runs.
+
+    Nothing as well where its routes were written by another release, which described them otherwise.
+    """
     try:
-        dump = json.loads(_admin(place, "/config_dump?resource=dynamic_route_configs"))
-    except _NobodyListensError:
+        dump = json.loads(admin(place, "/config_dump?resource=dynamic_route_configs"))
+    except NobodyListensError:
         return ()
     for found in dump.get("configs", []):
         metadata = found.get("route_config", {}).get("metadata", {}).get("filter_metadata", {})
         if "torchrelay" in metadata:
-            return Routes.model_validate_json(metadata["torchrelay"]["routes"]).backends
+            return _described(metadata["torchrelay"]["routes"])
     return ()
+
+
+def _described(routes: str) -> tuple[Backend, ...]:
+    try:
+        return Routes.model_validate_json(routes).backends
+    except ValidationError:
+        return ()
+
+
+def shares(place: GatewayPlace) -> tuple[RouteShare, ...]:
+    """What the running gateway does with each version; nothing where no gateway runs.
+
+    Weights as they were applied: relative to the sum of the component's.
+    """
+    return tuple(
+        RouteShare(
+            component=backend.component,
+            version=backend.version,
+            digest=backend.digest,
+            weight=backend.weight,
+            mirror=backend.mirror,
+            endpoints=backend.endpoints,
+        )
+        for backend in live_backends(place)
+    )
 
 
 def healthy(place: GatewayPlace) -> bool:
@@ -161,7 +199,7 @@ def healthy(place: GatewayPlace) -> bool:
 
 def retries(place: GatewayPlace) -> int:
     """How often the gateway has asked a backend again since it started, over all backends that it ever had."""
-    counters = _stats(place, rf"^vhost\.gateway\.vcluster\.{ROUTE_NAME}\.upstream_rq_retry$")
+    counters = statistics(place, rf"^vhost\.gateway\.vcluster\.{ROUTE_NAME}\.upstream_rq_retry$")
     return sum(int(value) for value in counters.values())
 
 
@@ -170,49 +208,22 @@ def _routed_version(place: GatewayPlace) -> str | None:
     import urllib3
 
     try:
-        answer = _get(place.port, "/healthz")
+        answer = get(place.port, "/healthz")
         return str(answer.json()["routes"]) if answer.status == 200 else None
     except (urllib3.exceptions.HTTPError, ValueError, KeyError):
         return None
 
 
-def _get(port: int, path: str) -> Any:
-    import urllib3
-
-    with urllib3.PoolManager(timeout=urllib3.Timeout(2), retries=False) as http:
-        return http.request("GET", f"http://{HOST}:{port}{path}")
-
-
-def _admin(place: GatewayPlace, path: str) -> bytes:
-    import urllib3
-
-    try:
-        answer = _get(place.admin_port, path)
-    except urllib3.exceptions.NewConnectionError as error:
-        raise _NobodyListensError(
-            f"no gateway runs: nobody listens on its admin port {place.admin_port}", "a running gateway", "make up"
-        ) from error
-    except urllib3.exceptions.HTTPError as error:
-        raise ServingError(f"the gateway's admin port {place.admin_port}: {error}", "an answer", "make up") from error
-    return bytes(answer.data)
-
-
-def _stats(place: GatewayPlace, pattern: str) -> dict[str, str]:
-    """Envoy's statistics whose whole name matches, by name."""
-    answer = _admin(place, f"/stats?{urlencode({'filter': pattern})}").decode()
-    return dict(line.split(": ", 1) for line in answer.splitlines() if ": " in line)
-
-
 def _active_clusters(place: GatewayPlace) -> set[str]:
     """Names of the clusters that Envoy has warmed; one still warming has statistics, but does not stand here."""
-    return {found["name"] for found in json.loads(_admin(place, "/clusters?format=json")).get("cluster_statuses", [])}
+    return {found["name"] for found in json.loads(admin(place, "/clusters?format=json")).get("cluster_statuses", [])}
 
 
 def _in_flight(place: GatewayPlace) -> dict[str, int]:
     """Requests in flight or waiting for a connection, by the name of each cluster."""
     pattern = re.compile(r"cluster\.(.+)\.upstream_rq_(?:pending_)?active")
     found: dict[str, int] = {}
-    for name, value in _stats(place, r"^cluster\..+@.+\.upstream_rq_(pending_)?active$").items():
+    for name, value in statistics(place, r"^cluster\..+@.+\.upstream_rq_(pending_)?active$").items():
         if matched := pattern.fullmatch(name):
             found[matched[1]] = found.get(matched[1], 0) + int(value)
     return found
@@ -223,6 +234,12 @@ def _settled(place: GatewayPlace) -> dict[str, int]:
     first = _in_flight(place)
     time.sleep(_POLL_S)
     return {name: max(requests, first.get(name, 0)) for name, requests in _in_flight(place).items()}
+
+
+def _leaving(place: GatewayPlace) -> dict[str, int]:
+    """Requests in flight to backends that are routed no more, by the name of each cluster."""
+    kept = {backend.cluster for backend in live_backends(place)}
+    return {name: requests for name, requests in _settled(place).items() if name not in kept}
 
 
 def _clusters(place: GatewayPlace) -> list[Json]:
@@ -266,7 +283,7 @@ def _deliver(place: GatewayPlace, name: str, content: Json, wait: bool) -> None:
 def _versions(place: GatewayPlace, name: str) -> tuple[str, int]:
     """The version of this file that Envoy runs, and how many it has rejected."""
     watcher = _WATCHERS[name]
-    found = _stats(place, rf"^{re.escape(watcher)}\.(version_text|update_rejected)$")
+    found = statistics(place, rf"^{re.escape(watcher)}\.(version_text|update_rejected)$")
     return found.get(f"{watcher}.version_text", "").strip('"'), int(found.get(f"{watcher}.update_rejected", "0"))
 
 

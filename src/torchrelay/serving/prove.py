@@ -1,10 +1,11 @@
-"""Runs an archive's Predictor outside any engine: its golden outputs, or a frozen test set.
+"""Runs an archive's Predictor outside any engine: its golden outputs, a frozen test set, or logged requests.
 
 This file is run by path, by the interpreter of the component's environment: torch, numpy and the standard library
 only. It prints one JSON document; on failure that holds `found`, `expected` and `next_command`, and the exit code is 1.
 """
 
 import argparse
+import base64
 import hashlib
 import importlib
 import importlib.util
@@ -12,6 +13,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
@@ -78,6 +80,36 @@ def evaluate(predictor: Any, test_set: Path, task: str) -> dict[str, Any]:
     return {"test_set": _sha256(test_set), "scores": scores, "slices": slices}
 
 
+def replay(predictor: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answer to each logged request, one by one, with its status and the milliseconds that it took.
+
+    A request holds `id` and its `inputs`: a list of instances, or `base64` and `content_type`.
+    """
+    return [_replayed(predictor, request) for request in requests]
+
+
+def _replayed(predictor: Any, request: dict[str, Any]) -> dict[str, Any]:
+    began = time.perf_counter()
+    status: int
+    output: dict[str, Any]
+    try:
+        answered = {"predictions": _predict(predictor, _inputs(predictor, request["inputs"]))}
+        status, output = 200, json.loads(json.dumps(answered, allow_nan=False))
+    except Failure as failure:
+        status, output = 400, {"error": failure.parts["found"]}
+    except Exception as error:  # whatever a component's code raises is its answer to this request
+        status, output = 500, {"error": f"{type(error).__name__}: {error}"}
+    milliseconds = 1000 * (time.perf_counter() - began)
+    return {"id": request["id"], "status": status, "output": output, "milliseconds": milliseconds}
+
+
+def _inputs(predictor: Any, inputs: Any) -> list[Any]:
+    if isinstance(inputs, list):
+        return inputs
+    found: list[Any] = predictor.decode(base64.b64decode(inputs["base64"]), inputs["content_type"])
+    return found
+
+
 def _options(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run a model archive's Predictor.")
     parser.add_argument(
@@ -86,17 +118,22 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--evaluate", type=Path, metavar="TEST_NPZ", help="score this test set instead of the golden set"
     )
+    parser.add_argument("--replay", type=Path, metavar="JSON", help="answer these logged requests instead")
     parser.add_argument("--task", choices=sorted(_SCORES), default="classification")
-    parser.add_argument("--output", type=Path, help="where --evaluate writes its scores")
+    parser.add_argument("--output", type=Path, help="where --evaluate and --replay write what they found")
     options = parser.parse_args(arguments)
-    if options.evaluate and not options.output:
-        parser.error("--evaluate needs --output")
+    if (options.evaluate or options.replay) and not options.output:
+        parser.error("--evaluate and --replay need --output")
     return options
 
 
 def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     _unpack(options.archive or _named(), folder)
     predictor = _predictor(folder)
+    if options.replay:
+        answers = replay(predictor, json.loads(options.replay.read_bytes()))
+        _write(options.output, json.dumps(answers).encode())
+        return {"samples": len(answers)}
     if not options.evaluate:
         return prove(folder, predictor)
     evaluation = evaluate(predictor, options.evaluate, options.task)

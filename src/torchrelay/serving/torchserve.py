@@ -20,7 +20,7 @@ from urllib.parse import quote, urlencode
 
 from torchrelay.config import write_file
 from torchrelay.errors import ServingError
-from torchrelay.handover import WantedVersion
+from torchrelay.handover import Endpoint, WantedVersion
 from torchrelay.serving.engine import Answer, Engine, Instance, Loaded, Program, digest_file
 
 if TYPE_CHECKING:
@@ -172,9 +172,15 @@ class TorchServe(Engine):
         """The answer of the metrics API."""
         return self._call("GET", f"{self.instance.ports[2]}/metrics").data.decode()
 
-    def address(self) -> tuple[str, int]:
-        """The inference API."""
-        return "127.0.0.1", self.instance.ports[0]
+    def endpoint(self, component: str, version: str) -> Endpoint:
+        """The inference API; the management API alone knows whether a version has a worker that is READY."""
+        return Endpoint(
+            host="127.0.0.1",
+            port=self.instance.ports[0],
+            health_port=self.instance.ports[1],
+            health_path=_model(component, version),
+            health_text='"status": "READY"',
+        )
 
     def path(self, component: str, version: str) -> str:
         """The versioned predictions path."""
@@ -224,6 +230,8 @@ class TorchServe(Engine):
     def _environment(self) -> dict[str, str]:
         return {
             "TORCHRELAY_INSTANCE": str(self.folder.absolute()),
+            "TORCHRELAY_PREDICTIONS": str(self.instance.predictions.absolute()) if self.instance.predictions else "",
+            "TORCHRELAY_KEEP_INPUTS": "1" if self.instance.keep_inputs else "",
             "TMPDIR": str(self.folder.absolute() / "tmp"),
             "OMP_NUM_THREADS": "1",  # else every worker takes every core: 2.4 to 12 times slower
             "MKL_NUM_THREADS": "1",

@@ -1,0 +1,256 @@
+"""Production's gatekeeper: decides by its own keys, its own evaluation and its own policy, never by dev's word.
+
+An archive comes in when it is signed by a key that production lets in, holds code that is committed in production's
+own checkout, and passes production's own gate over production's copy of the frozen test set. Then it is signed with
+production's own key, which is the only one that production's nodes trust.
+"""
+
+import hashlib
+import logging
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from torchrelay import archive, components, gate
+from torchrelay.config import Component, Json, Perimeter, Site, component_names, read_json, root, settings, write_file
+from torchrelay.config import component as component_settings
+from torchrelay.delivery.admission import Gatekeeper, decision, refusal, tags_hash, wanted_version
+from torchrelay.delivery.evidence import TOLERANCE, answered, logged_requests
+from torchrelay.delivery.store import Admission
+from torchrelay.errors import ArchiveError, ConfigError, DataError, TorchrelayError
+from torchrelay.handover import Environment, Evaluation, Manifest, WantedVersion
+from torchrelay.lineage import TAG_COMMIT, TAG_DIGEST, TAG_ENVIRONMENT
+from torchrelay.serving.predictions import Prediction, difference
+from torchrelay.tracking import ModelVersion, Tracking
+
+_FILES = ("model.mar", "manifest.json", "model.sig")
+
+log = logging.getLogger(__name__)
+
+
+class Strict:
+    """Decides for the perimeter `name`; see the module."""
+
+    def __init__(self, site: Site, name: str) -> None:
+        self.site = site
+        self.name = name
+        self.perimeter: Perimeter = site.perimeters[name]
+        self.tracking = Tracking(site.tracking.url)
+        self.folder = settings().state / "perimeters" / name / "admission"
+
+    def policy(self, version: ModelVersion) -> str:
+        """The component's policy in this checkout, and what the pipeline wrote on the version."""
+        if version.name not in component_names():
+            return f"none {tags_hash(version)}"
+        return f"{gate.policy_hash(component_settings(version.name))[:16]} {tags_hash(version)}"
+
+    def passing(self, version: ModelVersion) -> str:
+        """The policy and the component's committed files: what keeps uncommitted code out until it is committed."""
+        return f"{self.policy(version)} {gate.committed(root(), version.name)}"
+
+    def decide(self, version: ModelVersion, live: WantedVersion | None) -> Admission:
+        """Admit or refuse. TorchrelayError while it cannot be decided: the registry away, an environment not built."""
+        policy = self.policy(version)
+        log.info("looking at %s version %s", version.name, version.version)
+        reason = refusal(version) or self._unknown(version)
+        if reason:
+            return decision(version, policy, reason, None)
+        try:
+            folder = self._verified(version)
+        except ArchiveError as error:
+            return decision(version, policy, f"its archive does not come in: {error.found}", None)
+        return self._judge(version, live, folder, policy)
+
+    def _unknown(self, version: ModelVersion) -> str | None:
+        known = component_names()
+        return None if version.name in known else f"{self.name}'s checkout has no component {version.name!r}"
+
+    def _verified(self, version: ModelVersion) -> Path:
+        """The archive's folder here, once its signature, its digest and what it says of itself are checked."""
+        key = self.perimeter.admits
+        if key is None:
+            raise ConfigError(f"perimeter {self.name} lets no key in", "control_perimeters.….admits", "make up")
+        folder = self.folder / version.tags[TAG_DIGEST]
+        shutil.rmtree(folder, ignore_errors=True)
+        archive.fetch(wanted_version(version).url, folder)
+        manifest = archive.verify(folder, key, version.tags[TAG_DIGEST])
+        _insist_it_is(manifest, version)
+        return folder
+
+    def _judge(self, version: ModelVersion, live: WantedVersion | None, folder: Path, policy: str) -> Admission:
+        settings_ = component_settings(version.name)
+        evidence = self._evidence(version, live, folder, settings_)
+        verdict = gate.promote(settings_, version.version, evidence)
+        if evidence.provenance_faults:
+            policy = self.passing(version)
+        url = self.tracking.version_url(version.name, version.version)
+        live_url = self.tracking.version_url(version.name, live.version) if live else None
+        page = gate.promotion_report(verdict, evidence, url, live_url)
+        report = self._keep(version, "report.html", page.encode())
+        self._keep(version, "verdict.json", verdict.model_dump_json(indent=2).encode())
+        if verdict.verdict == "refuse":
+            return decision(version, policy, "; ".join(verdict.reasons), None).model_copy(update={"report": report})
+        wanted = self._countersigned(version, folder, settings_)
+        return decision(version, policy, None, wanted).model_copy(update={"report": report})
+
+    def _evidence(
+        self, version: ModelVersion, live: WantedVersion | None, folder: Path, policy: Component
+    ) -> gate.Evidence:
+        mar, python = folder / "model.mar", _python(version.tags[TAG_ENVIRONMENT], version.name)
+        if faults := _code_faults(mar, version):  # code that nobody committed is not run, not even to judge it
+            return gate.Evidence(
+                candidate=Evaluation(test_set="", scores=[]),
+                live_version=live.version if live else None,
+                proof_tolerance=0.0,
+                provenance_faults=faults,
+            )
+        error, difference = "", None
+        try:
+            difference = archive.prove(mar, python).largest_difference
+        except ArchiveError as failure:
+            error = failure.found
+        tests = _test_set(version.name)
+        candidate = self._evaluated(mar, python, tests, policy)
+        theirs = self._live_evaluation(live, tests, policy) if live else None
+        golden = archive.golden_set(mar)
+        return gate.Evidence(
+            candidate=candidate,
+            live=theirs,
+            live_version=live.version if live else None,
+            signature_candidate=self._signature(version.name, version.version),
+            signature_live=self._signature(version.name, live.version) if live else None,
+            proof_difference=difference,
+            proof_tolerance=golden.tolerance,
+            proof_error=error,
+            **self._replayed(version, mar, python, policy),
+        )
+
+    def _replayed(self, version: ModelVersion, mar: Path, python: str, policy: Component) -> dict[str, Any]:
+        """What the candidate answers to the newest requests that production logged, and how fast."""
+        requests = logged_requests(self.perimeter, version.name, policy.rollout.replay_requests)
+        if not requests:
+            return {}
+        given = [{"id": one.logged.id, "inputs": one.logged.instances} for one in requests]
+        try:
+            answers = archive.replay(mar, python, given)
+        except ArchiveError as error:
+            log.warning("the replay failed: %s", error.found)
+            return {"replay": gate.Replay(errors=len(requests))}
+        return _compared([one.logged for one in requests], answers, version)
+
+    def _evaluated(self, mar: Path, python: str, tests: Path, policy: Component) -> Evaluation:
+        """Scores of the archive over the test set, kept, since neither of the two ever changes."""
+        key = f"{archive.digest(mar)}-{hashlib.sha256(tests.read_bytes()).hexdigest()[:16]}"
+        kept = self.folder / "evaluations" / f"{key}.json"
+        if kept.is_file():
+            return read_json(Evaluation, kept, f"rm {kept}")
+        try:
+            found = archive.evaluate(mar, python, tests, policy.task)
+        except ArchiveError as error:
+            log.warning("the evaluation failed: %s", error.found)
+            return Evaluation(test_set=hashlib.sha256(tests.read_bytes()).hexdigest(), scores=[])
+        write_file(kept, found.model_dump_json().encode())
+        return found
+
+    def _live_evaluation(self, live: WantedVersion, tests: Path, policy: Component) -> Evaluation:
+        folder = self.folder / live.digest
+        if not folder.is_dir():
+            archive.fetch(live.url, folder)
+        return self._evaluated(folder / "model.mar", _python(live.environment, live.component), tests, policy)
+
+    def _signature(self, name: str, version: str) -> dict[str, object] | None:
+        """MLflow's signature of a version; None where it has none or is gone."""
+        try:
+            return self.tracking.signature(name, version)
+        except TorchrelayError as error:
+            log.warning("no signature of version %s: %s", version, error.found)
+            return None
+
+    def _countersigned(self, version: ModelVersion, folder: Path, policy: Component) -> WantedVersion:
+        """What nodes are told: the archive under production's own signature, served by production's own settings."""
+        key = archive.ensure_key(settings().keys / self.name)
+        archive.sign(folder, key.private)
+        place = f"torchrelay/archive-{self.name}/{version.tags[TAG_DIGEST]}"
+        for file in _FILES:
+            self.tracking.upload_artifact(version.run_id, f"{place}/{file}", folder / file)
+        wanted = wanted_version(version, self.tracking.artifact_url(version.run_id, place))
+        own = {**policy.serving.model_dump(), "keep_inputs": policy.monitoring.keep_inputs}
+        return wanted.model_copy(update=own)
+
+    def _keep(self, version: ModelVersion, name: str, content: bytes) -> str:
+        """Log a file with the version's run; its URL."""
+        place = f"torchrelay/promotion/{self.name}/{version.version}/{name}"
+        self.tracking.upload_artifact(version.run_id, place, content)
+        return self.tracking.artifact_url(version.run_id, place)
+
+
+class Aside:
+    """A gatekeeper that looks at one version at a time in a thread of its own, so that roll-outs go on meanwhile."""
+
+    def __init__(self, keeper: Gatekeeper) -> None:
+        self.keeper = keeper
+        self._pool = ThreadPoolExecutor(1, "gatekeeper")
+        self._looking: dict[tuple[str, str, str], Future[Admission | None]] = {}
+
+    def policy(self, version: ModelVersion) -> str:
+        """As the gatekeeper says."""
+        return self.keeper.policy(version)
+
+    def passing(self, version: ModelVersion) -> str:
+        """As the gatekeeper says."""
+        return self.keeper.passing(version)
+
+    def decide(self, version: ModelVersion, live: WantedVersion | None) -> Admission | None:
+        """The decision, or None while it is being made; raises what kept the gatekeeper from one."""
+        key = (version.name, version.version, self.policy(version))
+        looking = self._looking.get(key)
+        if looking is None:
+            self._looking[key] = self._pool.submit(self.keeper.decide, version, live)
+            return None
+        if not looking.done():
+            return None
+        del self._looking[key]
+        return looking.result()
+
+
+def _compared(logged: list[Prediction], answers: list[Json], version: ModelVersion) -> dict[str, Any]:
+    """The replay as the gate reads it. What production itself had refused says nothing, and is not among these."""
+    digest = version.tags[TAG_DIGEST]
+    found = [answered(one, answer, version.version, digest) for one, answer in zip(logged, answers, strict=True)]
+    failed = [one for one in found if one.status >= 500]
+    pairs = [(a, b) for a, b in zip(logged, found, strict=True) if b.status < 500]
+    differing = [(a, b) for a, b in pairs if difference(a, b, TOLERANCE)]
+    examples = tuple(gate.Disagreement(id=a.id, live=a.output, candidate=b.output) for a, b in differing[:20])
+    replay = gate.Replay(compared=len(pairs), disagreed=len(differing), errors=len(failed), examples=examples)
+    return {"replay": replay, "latencies_ms": tuple(one.milliseconds for one in found)}
+
+
+def _insist_it_is(manifest: Manifest, version: ModelVersion) -> None:
+    found = (manifest.component, manifest.version, manifest.environment)
+    expected = (version.name, version.version, version.tags[TAG_ENVIRONMENT])
+    if found != expected:
+        raise ArchiveError(f"it is {' '.join(found)}", " ".join(expected), f"make deploy-dev COMPONENT={version.name}")
+
+
+def _code_faults(mar: Path, version: ModelVersion) -> tuple[str, ...]:
+    """Why the archive's code is committed neither where it was trained nor, by now, in HEAD."""
+    trained, head = version.tags.get(TAG_COMMIT, ""), gate.head(root())
+    faults = gate.code_faults(mar, root(), version.name, trained)
+    if faults and head and not gate.code_faults(mar, root(), version.name, head):
+        return ()
+    return tuple(faults)
+
+
+def _python(environment: str, name: str) -> str:
+    file = components.environment_file(environment)
+    command = f".venv/bin/torchrelay build-environment --component {name} --log logs/build_environment.log"
+    return read_json(Environment, file, command).python
+
+
+def _test_set(name: str) -> Path:
+    """Production's copy of the frozen test set: that of its own checkout."""
+    tests = root() / "data" / name / "prepared" / "test.npz"
+    if not tests.is_file():
+        raise DataError(f"{tests} does not exist", "the frozen test set", f".venv/bin/dvc repro {name}")
+    return tests

@@ -1,0 +1,140 @@
+"""Production's own converger: a small service that polls the registry, and that a webhook or a person can wake.
+
+What wakes it is never believed: it looks at the registry and the nodes, as it does at every poll. It alone admits
+versions into its perimeter and moves what serves there.
+"""
+
+import logging
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from torchrelay.config import Perimeter, Site
+from torchrelay.delivery.admission import Gatekeeper
+from torchrelay.delivery.converge import Converger, Evidence
+from torchrelay.delivery.store import Store, store
+from torchrelay.errors import TorchrelayError
+from torchrelay.webhooks import Keeper, webhook_place
+
+_SOON_S = 0.5
+_SAY_AGAIN_S = 300.0
+_LEASE_PATIENCE_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Orchestrator:
+    """The loop of one perimeter. `wake` may be called from any thread, at any time, as often as one likes."""
+
+    def __init__(self, site: Site, name: str, gatekeeper: Gatekeeper, evidence: Evidence) -> None:
+        self.site = site
+        self.name = name
+        self.gatekeeper = gatekeeper
+        self.evidence = evidence
+        self.memory: Store = store(name)
+        self._woken = threading.Event()
+        self._ended = threading.Event()
+
+    @property
+    def perimeter(self) -> Perimeter:
+        """The perimeter, as the site describes it."""
+        return self.site.perimeters[self.name]
+
+    def wake(self, reason: str) -> None:
+        """Look again at once."""
+        log.info("woken: %s", reason)
+        self._woken.set()
+
+    def stop(self) -> None:
+        """End the loop after the present step."""
+        self._ended.set()
+        self._woken.set()
+
+    def run(self) -> None:
+        """Look, act, and wait: until `stop`. Meanwhile the webhook that wakes it is kept registered."""
+        why = "the first look"
+        with self._webhook(), _quiet():
+            while not self._ended.is_set():
+                pause = self._look(why)
+                woken = self._woken.wait(pause)
+                self._woken.clear()
+                why = "woken" if woken else "poll"
+
+    @contextmanager
+    def _webhook(self) -> Iterator[None]:
+        keeper = Keeper(webhook_place(self.site, self.name), self.perimeter.poll_s, self.wake)
+        keeper.start()
+        try:
+            yield
+        finally:
+            keeper.stop()
+
+    def _look(self, why: str) -> float:
+        """One look with all that follows from it; the seconds until the next one."""
+        try:
+            with self.memory.lease(_LEASE_PATIENCE_S) as token:
+                while not self._ended.is_set():
+                    converger = Converger(
+                        self.site,
+                        self.name,
+                        self.memory,
+                        token,
+                        why=f"@{self.perimeter.alias} ({why})",
+                        gatekeeper=self.gatekeeper,
+                        evidence=self.evidence,
+                    )
+                    outcome = converger.tick()
+                    for error in outcome.errors:
+                        log.warning("%s", error)
+                    if not outcome.soon:
+                        return min(5.0, self.perimeter.poll_s) if outcome.errors else float(self.perimeter.poll_s)
+                    self._woken.wait(_SOON_S)
+                    self._woken.clear()
+        except TorchrelayError as error:
+            log.warning("%s", error)
+        return min(5.0, self.perimeter.poll_s)
+
+
+class _News(logging.Filter):
+    """Lets through what was not said in the last five minutes: a server that is down is news once, not every poll."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._said: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is news; what is no warning always is."""
+        now, text = time.monotonic(), record.getMessage()
+        self._said = {one: at for one, at in self._said.items() if at > now - _SAY_AGAIN_S}
+        if record.levelno < logging.WARNING:
+            return True
+        return self._said.setdefault(text, now) == now
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Warnings come once, and urllib3 does not say that it tries again: whoever asked says what came of it."""
+    news, retries = _News(), logging.getLogger("urllib3.connectionpool")
+    handlers, level = list(logging.getLogger().handlers), retries.level
+    retries.setLevel(logging.ERROR)
+    for handler in handlers:
+        handler.addFilter(news)
+    try:
+        yield
+    finally:
+        retries.setLevel(level)
+        for handler in handlers:
+            handler.removeFilter(news)
+
+
+def on_signal(orchestrator: Orchestrator) -> None:
+    """SIGTERM and SIGINT end the loop in good order."""
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        orchestrator.stop()
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)

@@ -1,0 +1,208 @@
+"""Ask a perimeter for a version, or for none, and follow it there: the one road of everybody who asks.
+
+An alias is all that is moved here. Where an orchestrator converges the perimeter it is only woken and watched;
+elsewhere the perimeter is converged in this process.
+"""
+
+import time
+from collections.abc import Callable
+
+from torchrelay.config import Perimeter, Site, settings
+from torchrelay.console import say
+from torchrelay.delivery.admission import Gatekeeper, Trusting, refusal, refusal_error
+from torchrelay.delivery.converge import converge, record_refusal
+from torchrelay.delivery.sight import serves
+from torchrelay.delivery.store import Admission, State, store
+from torchrelay.errors import RefusedError, ServingError
+from torchrelay.lineage import TAG_DIGEST
+from torchrelay.tracking import ModelVersion, Tracking
+
+PATIENCE_S = 1800.0
+_POLL_S = 0.2
+_SAY_EVERY_S = 2.0
+
+
+def deploy(here: Site, perimeter: str, wanted: ModelVersion, *, why: str, timeout_s: float = PATIENCE_S) -> None:
+    """Ask for `wanted` in the perimeter and return once it is live there; with a timeout of 0, once it is asked for.
+
+    Raises RefusedError for a version that may not be served there: before anything moved, if that can be known, or
+    once the perimeter has turned it down. ServingError if it is not live in time; the roll-out goes on by itself.
+    """
+    place, name = here.perimeters[perimeter], wanted.name
+    insist_it_may_go(here, perimeter, wanted)
+    before = store(perimeter).state(name)
+    Tracking(here.tracking.url).set_alias(name, place.alias, wanted.version)
+    if place.orchestrator is None:
+        _converge(here, perimeter, name, wanted.version, why)
+        return
+    wake(place)
+    say(f"  @{place.alias} → version {wanted.version}; the orchestrator takes it from here")
+    follow(here, perimeter, wanted, timeout_s, before.refused)
+
+
+def withdraw(here: Site, perimeter: str, name: str, *, why: str, timeout_s: float = PATIENCE_S) -> None:
+    """Ask for nothing of this component, and return once nothing of it is live; no error where nothing is.
+
+    Raises RefusedError where a deleted alias takes nothing out of service.
+    """
+    place, tracking = here.perimeters[perimeter], Tracking(here.tracking.url)
+    live = store(perimeter).state(name).live
+    if live and place.keeps_last:
+        raise RefusedError(
+            f"{perimeter} serves {name} version {live.version}, and goes on with it when @{place.alias} is deleted: "
+            "a lost alias must never take it out of service",
+            "another version to serve in its place",
+            f"make rollback COMPONENT={name}, make promote COMPONENT={name} VERSION=…, or make down",
+        )
+    if place.alias in tracking.aliases(name):
+        tracking.delete_alias(name, place.alias)
+    if place.orchestrator is None:
+        _converge(here, perimeter, name, None, why)
+    elif live:
+        wake(place)
+        _await(here, perimeter, timeout_s, lambda state: state.live is None, name)
+
+
+def insist_it_may_go(here: Site, perimeter: str, wanted: ModelVersion) -> None:
+    """Say what can be said before anything moves. Whoever converges the perimeter decides again, by all that it sees.
+
+    Raises RefusedError, which is in the ledger then.
+    """
+    reason = refusal(wanted)
+    if reason is None and not _served(store(perimeter).state(wanted.name), wanted):
+        reason = _refused_before(here, perimeter, wanted)
+    if reason:
+        record_refusal(here, perimeter, wanted, reason)
+        raise refusal_error(wanted.name, wanted.version, reason)
+
+
+def _served(state: State, wanted: ModelVersion) -> bool:
+    """Whether it serves here, or did, in good health: then no other decision is asked for."""
+    known = [one.wanted for one in state.served] + ([state.live] if state.live else [])
+    return any((one.version, one.digest) == _release(wanted) for one in known)
+
+
+def _refused_before(here: Site, perimeter: str, wanted: ModelVersion) -> str | None:
+    keeper = _gatekeeper(here, perimeter)
+    version, digest = _release(wanted)
+    for policy in (keeper.policy(wanted), keeper.passing(wanted)):
+        earlier = store(perimeter).admission(wanted.name, version, digest, policy)
+        if earlier and not earlier.admitted:
+            return f"{perimeter} refused it before: {earlier.reason}"
+    return None
+
+
+def _gatekeeper(here: Site, perimeter: str) -> Gatekeeper:
+    if here.perimeters[perimeter].orchestrator is None:
+        return Trusting()
+    from torchrelay.delivery.gatekeeper import Strict
+
+    return Strict(here, perimeter)
+
+
+def _release(wanted: ModelVersion) -> tuple[str, str]:
+    return wanted.version, wanted.tags.get(TAG_DIGEST, "")
+
+
+def _converge(here: Site, perimeter: str, name: str, version: str | None, why: str) -> None:
+    outcome = converge(here, perimeter, why=why)
+    if error := outcome.refusal(name):
+        raise error
+    if not serves(here.perimeters[perimeter], {one.node: one for one in outcome.reports}, name, version):
+        raise ServingError(
+            f"{perimeter} does not serve {f'{name} version {version}' if version else f'nothing of {name}'}",
+            "what the registry asks for, on every node and in good health",
+            "make status",
+        )
+
+
+def wake(place: Perimeter) -> None:
+    """Spare the orchestrator its next poll. Nothing is lost when it does not hear: it polls."""
+    import urllib3
+
+    try:
+        urllib3.request("POST", f"{place.orchestrator}/wake", timeout=2, retries=False)
+    except urllib3.exceptions.HTTPError:
+        say(f"  the orchestrator does not listen; it looks every {place.poll_s} s (make up starts it)")
+
+
+def follow(here: Site, perimeter: str, wanted: ModelVersion, timeout_s: float, stale: Admission | None = None) -> None:
+    """Say how the roll-out goes until the version is live; RefusedError when it was turned down.
+
+    `stale` is the refusal that stood there before the request: it counts only when the orchestrator, having had the
+    time to look again, has not taken it back.
+    """
+    shown, looked = Progress(), time.monotonic() + here.perimeters[perimeter].poll_s
+
+    def there(state: State) -> bool:
+        shown.show(state, wanted.version)
+        refused = state.refused
+        meant = refused and (refused.version, refused.digest) == _release(wanted)
+        if refused and meant and (refused != stale or time.monotonic() > looked):
+            raise _turned_down(perimeter, state, refused)
+        live = state.live
+        return bool(live and (live.version, live.digest) == _release(wanted) and state.rollout is None)
+
+    _await(here, perimeter, timeout_s, there, wanted.name)
+
+
+def _turned_down(perimeter: str, state: State, refused: Admission) -> RefusedError:
+    serves = f"version {state.live.version}, as before" if state.live else "nothing yet"
+    return RefusedError(
+        f"{perimeter} turned version {refused.version} down and serves {serves}: {refused.reason}",
+        f"a version that {perimeter} admits",
+        f"open {refused.report}" if refused.report else "make history",
+    )
+
+
+def _await(here: Site, perimeter: str, timeout_s: float, there: Callable[[State], bool], name: str) -> None:
+    memory, end = store(perimeter), time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if there(memory.state(name)):
+            return
+        time.sleep(_POLL_S)
+    if timeout_s:
+        asked = Tracking(here.tracking.url).aliases(name).get(here.perimeters[perimeter].alias)
+        raise ServingError(
+            f"{perimeter} does not serve {name} version {asked or 'nothing'} after {timeout_s:.0f} s; "
+            "the roll-out goes on by itself",
+            "an orchestrator that admits and converges",
+            f"make status, and read {settings().state / 'logs' / f'{perimeter}-orchestrator.log'}",
+        )
+
+
+class Progress:
+    """What was said of a roll-out last, so that only news is said."""
+
+    def __init__(self) -> None:
+        self._stage: int | None = None
+        self._said = 0.0
+
+    def show(self, state: State, version: str) -> None:
+        """One line at each stage of the version's roll-out, and every two seconds within it."""
+        rollout = state.rollout
+        if rollout is None or rollout.wanted.version != version:
+            return
+        if rollout.stage == self._stage and time.monotonic() < self._said + _SAY_EVERY_S:
+            return
+        self._stage, self._said = rollout.stage, time.monotonic()
+        say(f"  {_weight(rollout.stage, rollout.weights):<8} {_measured(rollout.figures)}{rollout.note}")
+
+
+def _weight(stage: int, weights: tuple[int, ...]) -> str:
+    if stage < 0:
+        return "loading"
+    if stage >= len(weights):
+        return "100 %"
+    return f"{weights[stage]} %" if weights[stage] else "shadow"
+
+
+def _measured(figures: dict[str, float]) -> str:
+    """Requests, error rate and p99 against the version in service, as far as they are known."""
+    if not figures.get("requests"):
+        return ""
+    errors, theirs = figures.get("errors_rate", 0.0), figures.get("live_errors_rate", 0.0)
+    parts = [f"{figures['requests']:.0f} requests", f"errors {errors:.1%} against {theirs:.1%}"]
+    if "p99_ms" in figures:
+        parts.append(f"p99 {figures['p99_ms']:.0f} ms against {figures.get('live_p99_ms', float('nan')):.0f}")
+    return f"{', '.join(parts)}. "
