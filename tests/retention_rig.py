@@ -48,17 +48,15 @@ def wanted(version: str) -> WantedVersion:
 def archive(folder: Path, version: str, changed: float = OLD) -> Path:
     """A folder as an archive's is, though nobody could load it."""
     folder.mkdir(parents=True)
-    write_json(
-        folder / "manifest.json",
-        Manifest(
-            component="tiny",
-            version=version,
-            digest=digest(version),
-            environment=environment(version),
-            golden="",
-            run_id=f"run{version}",
-        ),
+    manifest = Manifest(
+        component="tiny",
+        version=version,
+        digest=digest(version),
+        environment=environment(version),
+        golden="",
+        run_id=f"run{version}",
     )
+    (folder / "manifest.json").write_text(manifest.model_dump_json())
     for name in ("model.mar", "model.sig"):
         (folder / name).write_bytes(b"x" * 5000)
     os.utime(folder, (changed, changed))

@@ -101,19 +101,18 @@ def _version(checkout: Checkout, number: str) -> dict[str, Any]:
     return found["model_version"]  # type: ignore[no-any-return]
 
 
-def test_what_make_deployed_is_listed_and_another_version_takes_its_place(deployed: Checkout, tmp_path: Path) -> None:
+def test_what_is_deployed_is_listed_and_another_version_takes_its_place(deployed: Checkout, tmp_path: Path) -> None:
     listed = _listed(deployed, "torchserve")[COMPONENT]
-    assert (listed["version"], listed["perimeter"], listed["healthy"]) == ("2", "dev", True)
-    refused = _refused(deployed, "create", "-t", "torchserve", "--name", COMPONENT, "-m", f"models:/{COMPONENT}/1")
-    assert "mlflow deployments update" in refused
-    said = _ok(deployed, "update", "-t", "torchserve", "--name", COMPONENT, "-m", f"models:/{COMPONENT}/1")
-    assert f"Deployment {COMPONENT} is updated" in said
-    answer = _predicted(deployed, "torchserve", tmp_path)
-    assert answer["metadata"]["x-model-version"] == "1"
-    described = _ok(deployed, "get", "-t", "torchserve", "--name", f"{COMPONENT}/1.0")
-    assert "version: 1\n" in described
-    assert "nodes: {'dev-1': {'1': 'healthy'}}" in described
-    assert _aliases(deployed)["dev-live"] == "1"
+    assert (listed["perimeter"], listed["healthy"]) == ("dev", True)
+    other = {"1": "2", "2": "1"}[listed["version"]]
+    words = ("-t", "torchserve", "--name", COMPONENT, "-m", f"models:/{COMPONENT}/{other}")
+    assert "mlflow deployments update" in _refused(deployed, "create", *words)
+    assert f"Deployment {COMPONENT} is updated" in _ok(deployed, "update", *words)
+    assert _predicted(deployed, "torchserve", tmp_path)["metadata"]["x-model-version"] == other
+    described = _ok(deployed, "get", "-t", "torchserve", "--name", f"{COMPONENT}/{other}.0")
+    assert f"version: {other}\n" in described
+    assert f"nodes: {{'dev-1': {{'{other}': 'healthy'}}}}" in described
+    assert _aliases(deployed)["dev-live"] == other
 
 
 def test_in_dev_a_deployment_is_deleted_and_created_anew_from_its_run(deployed: Checkout, tmp_path: Path) -> None:
@@ -153,6 +152,7 @@ def test_what_was_never_judged_moves_no_alias(deployed: Checkout) -> None:
     number = made["model_version"]["version"]
     before = _aliases(deployed)
     for target in ("torchserve", "torchserve:production"):
-        said = _refused(deployed, "update", "-t", target, "--name", COMPONENT, "-m", f"models:/{COMPONENT}/{number}")
+        verb = "update" if _listed(deployed, target) else "create"
+        said = _refused(deployed, verb, "-t", target, "--name", COMPONENT, "-m", f"models:/{COMPONENT}/{number}")
         assert "never judged" in said
     assert _aliases(deployed) == before

@@ -102,7 +102,9 @@ def until(condition: Any, seconds: float, what: str) -> Any:
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
-def test_a_version_is_promoted_by_stages_refused_rolled_back_and_traced(site: Checkout) -> None:
+def test_a_version_is_promoted_by_stages_refused_rolled_back_and_traced(
+    site: Checkout, request: pytest.FixtureRequest
+) -> None:
     """One story, since each chapter needs the one before; every chapter starts what the operator would type."""
     assert production(site)["components"] == {}
     said = site.ok("promote").stderr
@@ -163,6 +165,29 @@ def test_a_version_is_promoted_by_stages_refused_rolled_back_and_traced(site: Ch
     assert found["version"] == f"{COMPONENT} version 1"
     assert found["parameters"]["seed"] == "1"
     assert found["commit"] == commit(site)
+
+    set_policy(site, seed=2)
+    browser = request.getfixturevalue("browser")  # skips here where there is none: all of the above has passed
+    move_alias_in_the_page(browser, f"{site.tracking}/#/models/{COMPONENT}/versions/2", "production")
+    until(lambda: "canary" in production(site)["components"][COMPONENT], 10, "the webhook has woken the orchestrator")
+    until(lambda: production(site)["components"][COMPONENT]["wanted"] == "2", 10, "version 2 is wanted")
+    until(
+        lambda: ask(site).headers["x-model-version"] == "2" and history(site)[0]["to_version"] == "2", 120, "it serves"
+    )
+
+
+def move_alias_in_the_page(browser: Any, url: str, alias: str) -> None:
+    """What an operator does by hand: edit the aliases on the version's page."""
+    from selenium.webdriver.common.by import By
+    from selenium.webdriver.common.keys import Keys
+
+    browser.get(url)
+    button = until(lambda: browser.find_elements(By.CSS_SELECTOR, 'button[title="Edit aliases"]'), 60, "the page")[0]
+    button.click()
+    [field] = until(lambda: browser.find_elements(By.CSS_SELECTOR, "[role=dialog] input"), 10, "the dialog")
+    field.send_keys(alias, Keys.ENTER)
+    buttons = browser.find_elements(By.CSS_SELECTOR, "[role=dialog] button")
+    next(one for one in buttons if one.text.startswith("Save")).click()
 
 
 def traced(checkout: Checkout, request_id: str) -> dict[str, Any] | None:

@@ -216,7 +216,7 @@ def registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Regist
         (register, "component"): lambda name: described,
         (judge, "component"): lambda name: described,
         (ledger, "record"): record,
-        (ledger, "note"): lambda perimeter, entry, outbox: record(None, perimeter, entry, outbox),
+        (ledger, "note"): lambda perimeter, entry, outbox, pages=None: record(None, perimeter, entry, outbox),
         (ledger, "flush_outbox"): lambda tracking, outbox: {},
         (reach, "apply_on"): apply_on,
         (reach, "observe_on"): lambda node: made.report(),

@@ -140,7 +140,6 @@ def test_the_webhook_is_kept_while_it_runs(tmp_path: Path, looks: Looks, keepers
 def test_what_stays_down_is_said_once(tmp_path: Path, looks: Looks, caplog: pytest.LogCaptureFixture) -> None:
     looks.down = True
     made = Orchestrator(site(tmp_path, poll_s=1), "production", object(), object())  # type: ignore[arg-type]
-    logging.getLogger().addHandler(caplog.handler)
     loop = threading.Thread(target=made.run)
     loop.start()
     for number in (2, 3, 4):

@@ -82,7 +82,7 @@ def policies(draw: st.DrawFn) -> Retention:
     )
 
 
-@examples(max_examples=400, deadline=None)
+@examples(max_examples=300, deadline=None)
 @given(found=st.lists(things(), max_size=30), window=windows(), policy=policies())
 def test_nothing_of_the_window_is_planned_for_deletion(found: list[Thing], window: Window, policy: Retention) -> None:
     fates = plan(found, window, policy, NOW)
@@ -221,7 +221,7 @@ def _set_up(site: Rig, situation: dict[str, Any]) -> set[str]:
     return window
 
 
-@examples(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@examples(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(situation=situations())
 def test_a_sweep_leaves_the_window_whole_and_takes_the_rest(
     situation: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

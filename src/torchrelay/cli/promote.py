@@ -6,17 +6,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from torchrelay.config import Perimeter, Site, settings, site
+from torchrelay.config import Site, settings, site
 from torchrelay.config import component as component_settings
-from torchrelay.console import leg, paint, result, say
-from torchrelay.errors import ConfigError, RefusedError, ServingError
+from torchrelay.console import leg, paint, result
+from torchrelay.errors import ConfigError, RefusedError
 
 if TYPE_CHECKING:
     from torchrelay.delivery.store import State
-    from torchrelay.tracking import ModelVersion, Tracking
-
-_POLL_S = 0.2
-_SAY_EVERY_S = 2.0
+    from torchrelay.tracking import ModelVersion
 
 _component = click.option("--component", help="Name of a folder under components/; default: the setting `component`.")
 _perimeter = click.option("--perimeter", default="production", show_default=True, help="Where the version goes.")
@@ -30,19 +27,19 @@ _wait = click.option("--timeout", default=1800.0, show_default=True, help="Secon
 @_wait
 def promote(component: str | None, version: str | None, perimeter: str, timeout: float) -> None:
     """Ask for a version in production and follow its roll-out; what may not go live changes nothing."""
-    from torchrelay.tracking import Tracking
+    from torchrelay.delivery.request import deploy
 
     name = component or settings().component
     component_settings(name)
-    here, place = site(), _place(site(), perimeter)
-    tracking = Tracking(here.tracking.url)
+    here = site()
+    _insist_on_an_orchestrator(here, perimeter)
     with leg("promote", f"{name} → {perimeter}"):
-        wanted = _candidate(here, tracking, name, version)
-        _insist_it_may_go(here, perimeter, wanted)
-        tracking.set_alias(name, place.alias, wanted.version)
-        _wake(place)
-        say(f"  @{place.alias} → version {wanted.version}; the orchestrator takes it from here")
-        _follow(here, perimeter, name, wanted.version, timeout)
+        wanted = _candidate(here, name, version)
+        _insist_it_is_news(perimeter, wanted)
+        began = time.time()
+        deploy(here, perimeter, wanted, why="make promote", timeout_s=timeout)
+        if timeout:
+            _done(here, perimeter, wanted, began)
 
 
 @click.command()
@@ -52,31 +49,36 @@ def promote(component: str | None, version: str | None, perimeter: str, timeout:
 @_wait
 def rollback(component: str | None, version: str | None, perimeter: str, timeout: float) -> None:
     """Go back to a version that served healthy here; it is kept warm, so this takes seconds."""
+    from torchrelay.delivery.request import deploy
     from torchrelay.delivery.store import store
-    from torchrelay.tracking import Tracking
 
     name = component or settings().component
-    here, place = site(), _place(site(), perimeter)
+    here = site()
+    _insist_on_an_orchestrator(here, perimeter)
     target = _rollback_target(store(perimeter).state(name), perimeter, version)
     with leg("rollback", f"{name} in {perimeter} → version {target}"):
-        Tracking(here.tracking.url).set_alias(name, place.alias, target)
-        _wake(place)
-        _follow(here, perimeter, name, target, timeout)
+        wanted = _candidate(here, name, target)
+        began = time.time()
+        deploy(here, perimeter, wanted, why="make rollback", timeout_s=timeout)
+        if timeout:
+            _done(here, perimeter, wanted, began)
 
 
-def _place(here: Site, name: str) -> Perimeter:
-    """The perimeter; a ConfigError for one that is not there, or that no orchestrator converges."""
+def _insist_on_an_orchestrator(here: Site, name: str) -> None:
+    """ConfigError for a perimeter that is not there, or that no orchestrator converges."""
     found = here.perimeters.get(name)
     if found is None or found.orchestrator is None:
         others = [one for one, perimeter in here.perimeters.items() if perimeter.orchestrator]
         raise ConfigError(
             f"no orchestrator converges a perimeter {name!r}", f"one of: {', '.join(others)}", "make status"
         )
-    return found
 
 
-def _candidate(here: Site, tracking: "Tracking", name: str, version: str | None) -> "ModelVersion":
+def _candidate(here: Site, name: str, version: str | None) -> "ModelVersion":
     """The version that is meant: by default what dev serves."""
+    from torchrelay.tracking import Tracking
+
+    tracking = Tracking(here.tracking.url)
     if version is None:
         from torchrelay.delivery.telling import live_alias
 
@@ -91,35 +93,17 @@ def _candidate(here: Site, tracking: "Tracking", name: str, version: str | None)
     return found
 
 
-def _insist_it_may_go(here: Site, perimeter: str, wanted: "ModelVersion") -> None:
-    """What can be said before anything moves. The orchestrator decides again, by all that it sees."""
-    from torchrelay.delivery.admission import refusal, refusal_error
-    from torchrelay.delivery.converge import record_refusal
-    from torchrelay.delivery.gatekeeper import Strict
+def _insist_it_is_news(perimeter: str, wanted: "ModelVersion") -> None:
     from torchrelay.delivery.store import store
     from torchrelay.lineage import TAG_DIGEST
 
-    memory = store(perimeter)
-    live = memory.state(wanted.name).live
-    digest = wanted.tags.get(TAG_DIGEST, "")
-    if live and (live.version, live.digest) == (wanted.version, digest):
+    live = store(perimeter).state(wanted.name).live
+    if live and (live.version, live.digest) == (wanted.version, wanted.tags.get(TAG_DIGEST)):
         raise RefusedError(
             f"version {wanted.version} of {wanted.name} is live in {perimeter} already",
             "another version",
             f"make deploy-dev COMPONENT={wanted.name}, then make promote COMPONENT={wanted.name}",
         )
-    reason = refusal(wanted)
-    keeper = Strict(here, perimeter)
-    decisions = [
-        memory.admission(wanted.name, wanted.version, digest, key)
-        for key in (keeper.policy(wanted), keeper.passing(wanted))
-    ]
-    earlier = next(filter(None, decisions), None)
-    if reason is None and earlier is not None and not earlier.admitted:
-        reason = f"{perimeter} refused it before: {earlier.reason}"
-    if reason:
-        record_refusal(here, perimeter, wanted, reason)
-        raise refusal_error(wanted.name, wanted.version, reason)
 
 
 def _rollback_target(state: "State", perimeter: str, version: str | None) -> str:
@@ -141,92 +125,9 @@ def _rollback_target(state: "State", perimeter: str, version: str | None) -> str
     return target
 
 
-def _wake(place: Perimeter) -> None:
-    """Spare the orchestrator its next poll. Nothing is lost when it does not hear: it polls."""
-    import urllib3
-
-    try:
-        urllib3.request("POST", f"{place.orchestrator}/wake", timeout=2, retries=False)
-    except urllib3.exceptions.HTTPError:
-        say(f"  the orchestrator does not listen; it looks every {place.poll_s} s (make up starts it)")
-
-
-def _follow(here: Site, perimeter: str, name: str, version: str, timeout: float) -> None:
-    """Say how it goes until the version is live, or was turned down."""
-    from torchrelay.delivery.store import store
-
-    memory, end, shown = store(perimeter), time.monotonic() + timeout, _Shown()
-    began = time.time()
-    while time.monotonic() < end:
-        state = memory.state(name)
-        shown.show(state, version)
-        if state.refused and state.refused.version == version:
-            serves = f"version {state.live.version}, as before" if state.live else "nothing yet"
-            report = f"open {state.refused.report}" if state.refused.report else "make history"
-            raise RefusedError(
-                f"{perimeter} turned version {version} down and serves {serves}: {state.refused.reason}",
-                f"a version that {perimeter} admits",
-                report,
-            )
-        if state.live and state.live.version == version and state.rollout is None:
-            _done(here, perimeter, name, began)
-            return
-        time.sleep(_POLL_S)
-    if timeout:
-        raise ServingError(
-            f"version {version} is not live in {perimeter} after {timeout:.0f} s; the roll-out goes on by itself",
-            "an orchestrator that admits and converges",
-            f"make status, and read {settings().state / 'logs' / f'{perimeter}-orchestrator.log'}",
-        )
-
-
-class _Shown:
-    """What was said of a roll-out last, so that only news is said."""
-
-    def __init__(self) -> None:
-        self.stage: tuple[str, int] | None = None
-        self.said = 0.0
-
-    def show(self, state: "State", version: str) -> None:
-        """One line at each stage, and every two seconds within it."""
-        rollout = state.rollout
-        if rollout is None or rollout.wanted.version != version:
-            return
-        stage = (rollout.wanted.version, rollout.stage)
-        if not rollout.note:  # it has just begun
-            return
-        if stage == self.stage and time.monotonic() < self.said + _SAY_EVERY_S:
-            return
-        self.stage, self.said = stage, time.monotonic()
-        say(f"  {_weight(rollout.stage, rollout.weights):<8} {_measured(rollout.figures)}{rollout.note}")
-
-
-def _weight(stage: int, weights: tuple[int, ...]) -> str:
-    if stage < 0:
-        return "loading"
-    if stage >= len(weights):
-        return "100 %"
-    return f"{weights[stage]} %" if weights[stage] else "shadow"
-
-
-def _measured(figures: dict[str, float]) -> str:
-    """Requests, error rate and p99 against the version in service, as far as they are known."""
-    if not figures.get("requests"):
-        return ""
-    errors, theirs = figures.get("errors_rate", 0.0), figures.get("live_errors_rate", 0.0)
-    parts = [f"{figures['requests']:.0f} requests", f"errors {errors:.1%} against {theirs:.1%}"]
-    if "p99_ms" in figures:
-        parts.append(f"p99 {figures['p99_ms']:.0f} ms against {figures.get('live_p99_ms', float('nan')):.0f}")
-    return f"{', '.join(parts)}. "
-
-
-def _done(here: Site, perimeter: str, name: str, began: float) -> None:
-    """A real prediction through the gateway, where there is an input for one, and what serves now."""
-    from torchrelay.delivery.store import store
-
-    live = store(perimeter).state(name).live
-    result(f"{paint(perimeter, 'bold')} serves {name} version {live.version if live else '-'}")
-    result(f"  gateway      {here.perimeters[perimeter].gateway}/predictions/{name}")
+def _done(here: Site, perimeter: str, wanted: "ModelVersion", began: float) -> None:
+    result(f"{paint(perimeter, 'bold')} serves {wanted.name} version {wanted.version}")
+    result(f"  gateway      {here.perimeters[perimeter].gateway}/predictions/{wanted.name}")
     result(f"  took         {time.time() - began:.1f} s")
     result("next: make status · make history · make rollback")
 
@@ -243,10 +144,11 @@ def orchestrate(perimeter: str) -> None:
     from torchrelay.delivery.webhook import Receiver
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    here, place = site(), _place(site(), perimeter)
+    here = site()
+    _insist_on_an_orchestrator(here, perimeter)
     service = Orchestrator(here, perimeter, Aside(Strict(here, perimeter)), CanaryEvidence())
     on_signal(service)
     folder = settings().state / "perimeters" / perimeter
-    port = int((place.orchestrator or "").rpartition(":")[2])
+    port = int((here.perimeters[perimeter].orchestrator or "").rpartition(":")[2])
     with Receiver("127.0.0.1", port, settings().keys / perimeter, folder / "seen.db", service.wake):
         service.run()

@@ -8,10 +8,12 @@ import json
 import logging
 import math
 import time
+from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchrelay.config import Component, Json, Perimeter, Stage
+from torchrelay.config import Component, Json, Latency, Perimeter, Stage
 from torchrelay.config import component as component_settings
 from torchrelay.delivery import reach
 from torchrelay.delivery.canary import Block, Judgement, judge, replay
@@ -33,6 +35,10 @@ from torchrelay.serving.predictions import (
 )
 
 TOLERANCE = 0.05
+# A replayed request that takes this many times the latency objective counts as failed: one that hangs must not hold
+# up every roll-out.
+_PATIENCE = 20
+_ENOUGH_ERRORS = 20
 
 log = logging.getLogger(__name__)
 
@@ -48,11 +54,39 @@ class Replayed:
     worst: list[Disagreement] = field(default_factory=list)
 
 
+class Overdue:
+    """Requests that hang: counters know them only when they end, which may be half a minute too late.
+
+    Of the requests that had begun by a moment in the past, at most as many can have ended as have ended by now.
+    """
+
+    def __init__(self) -> None:
+        self._begun: deque[tuple[float, dict[tuple[str, str], int]]] = deque()
+
+    def look(
+        self,
+        counts: Mapping[tuple[str, str], BackendCounts],
+        in_flight: Mapping[tuple[str, str], int],
+        objective: Latency,
+    ) -> dict[tuple[str, str], int]:
+        """How many requests, at least, each (component, version) has had under way for longer than the objective."""
+        now = time.monotonic()
+        versions = {*counts, *in_flight}
+        ended = {one: counts[one].requests if one in counts else 0 for one in versions}
+        self._begun.append((now, {one: ended[one] + in_flight.get(one, 0) for one in versions}))
+        past = now - objective.p99_ms / 1000
+        while len(self._begun) > 1 and self._begun[1][0] <= past:
+            self._begun.popleft()
+        when, begun = self._begun[0]
+        return {one: max(0, begun.get(one, 0) - ended[one]) for one in versions} if when <= past else {}
+
+
 class CanaryEvidence:
     """Judges a stage by the component's policy (an `Evidence` of converge)."""
 
     def __init__(self) -> None:
         self._comparisons: dict[tuple[str, str, float], Comparison] = {}
+        self._overdue: dict[tuple[str, str, float], Overdue] = {}
 
     def gather(self, state: State, perimeter: Perimeter) -> State:
         """The state with one more block of counts, and the judgement on the stage so far."""
@@ -92,26 +126,33 @@ class CanaryEvidence:
         return {"rollout.html": page, **({"disagreements.json": json.dumps(worst)} if worst else {})}
 
     def _counted(self, state: State, rollout: Rollout, perimeter: Perimeter, policy: Component) -> Rollout:
+        """The roll-out with a block of what was counted since the last look, `marks` saying where that was."""
         node = next(one for one in perimeter.nodes if one.name == perimeter.gateway_node)
-        reading = gateway_stats.read(reach.gateway_of(node))
-        before = rollout.marks.get("reading")
+        place = reach.gateway_of(node)
+        reading = gateway_stats.read(place)
+        first = Reading.model_validate(rollout.marks["first"]) if "first" in rollout.marks else reading
+        since = reading.since(first).versions
+        key = (state.component, rollout.wanted.version, rollout.since)
+        overdue = self._overdue.setdefault(key, Overdue()).look(since, gateway_stats.in_flight(place), policy.latency)
+        totals = _totals(state, rollout, since, overdue, policy.latency)
+        before = rollout.marks.get("totals", dict.fromkeys(totals, 0))
         compared, disagreed, tails = self._compared(state.component, rollout, perimeter)
-        now = reading.model_dump(mode="json")
-        marks = {"reading": now, "first": rollout.marks.get("first", now), "tails": tails}
-        if before is None:  # the stage has just begun: what was counted until now says nothing of it
-            return rollout.model_copy(update={"marks": marks})
-        block = _block(state, rollout, reading.since(Reading.model_validate(before)), policy.latency.p99_ms)
-        quantiles = _quantiles(state, rollout, reading.since(Reading.model_validate(marks["first"])))
-        block = block.model_copy(update={"compared": compared, "disagreed": disagreed})
-        blocks = (*rollout.blocks, block) if any(block.model_dump().values()) else rollout.blocks
-        failed = rollout.failed + block.live_errors + (0 if _stage(policy, rollout).shadow else block.errors)
-        return rollout.model_copy(update={"marks": marks, "blocks": blocks, "failed": failed, "figures": quantiles})
+        block = _block({name: max(0, value - before[name]) for name, value in totals.items()}, compared, disagreed)
+        return rollout.model_copy(
+            update={
+                "marks": {"first": first.model_dump(mode="json"), "totals": totals, "tails": tails},
+                "blocks": (*rollout.blocks, block) if any(block.model_dump().values()) else rollout.blocks,
+                "failed": rollout.failed + block.live_errors + (0 if _stage(policy, rollout).shadow else block.errors),
+                "figures": _quantiles(state, rollout, since),
+            }
+        )
 
     def _compared(self, component: str, rollout: Rollout, perimeter: Perimeter) -> tuple[int, int, dict[str, Any]]:
         """How many more pairs of answers were compared, how many differed, and how far each node's log was read."""
         key = (component, rollout.wanted.version, rollout.began)
         if key not in self._comparisons:
-            self._comparisons = {key: Comparison(rollout.wanted.version, TOLERANCE)}
+            others = {one: kept for one, kept in self._comparisons.items() if one[0] != component}
+            self._comparisons = {**others, key: Comparison(rollout.wanted.version, TOLERANCE)}
         comparison = self._comparisons[key]
         before = (comparison.compared, comparison.disagreed)
         tails = {}
@@ -126,7 +167,7 @@ class CanaryEvidence:
 
     def _replayed(self, rollout: Rollout, perimeter: Perimeter, policy: Component) -> Judgement:
         """What came is too little: logged requests of this perimeter go to the candidate, straight to an engine."""
-        found = replay_on(perimeter, rollout.wanted, policy.rollout.replay_requests)
+        found = replay_on(perimeter, rollout.wanted, policy)
         slow = sum(one > policy.latency.p99_ms for one in found.milliseconds)
         verdict = replay(policy.rollout, found.compared, found.disagreed, found.errors, slow)
         said = f"too little traffic for a decision; {verdict.reason}"
@@ -137,20 +178,24 @@ class CanaryEvidence:
         )
 
 
-def replay_on(perimeter: Perimeter, wanted: WantedVersion, limit: int) -> Replayed:
+def replay_on(perimeter: Perimeter, wanted: WantedVersion, policy: Component) -> Replayed:
     """Send the newest logged requests of the perimeter to this version on a node that holds it, and compare.
 
-    Nothing is sent, and so nothing compared, where nothing was logged with its inputs.
+    Nothing is sent, and so nothing compared, where nothing was logged with its inputs. It ends early when so many
+    failed that no more are needed to know.
     """
     found = Replayed()
     held = _somewhere(perimeter, wanted)
     if held is None:
         return found
-    for request in logged_requests(perimeter, wanted.component, limit):
-        answer = _send(held, wanted, request)
+    patience_s = min(wanted.response_timeout_s, _PATIENCE * policy.latency.p99_ms / 1000)
+    for request in logged_requests(perimeter, wanted.component, policy.rollout.replay_requests):
+        answer = _send(held, wanted, request, patience_s)
         found.milliseconds.append(answer.milliseconds)
         if answer.status >= 500:
             found.errors += 1
+            if found.errors >= _ENOUGH_ERRORS:
+                break
             continue
         found.compared += 1
         how: Difference | None = difference(request.logged, answer, TOLERANCE)
@@ -186,7 +231,7 @@ def _somewhere(perimeter: Perimeter, wanted: WantedVersion) -> HeldVersion | Non
     return None
 
 
-def _send(held: HeldVersion, wanted: WantedVersion, request: Request) -> Prediction:
+def _send(held: HeldVersion, wanted: WantedVersion, request: Request, patience_s: float) -> Prediction:
     """The answer, as the log would have it. A request that gets none counts as 504. Logged as a shadow's."""
     import urllib3
 
@@ -197,9 +242,9 @@ def _send(held: HeldVersion, wanted: WantedVersion, request: Request) -> Predict
         "content-type": request.content_type,
         "x-torchrelay-request-id": f"replay-{logged.id}"[:128],
     }
-    began, timeout = time.monotonic(), wanted.response_timeout_s + 5
+    began = time.monotonic()
     try:
-        answer = urllib3.request("POST", url, body=body, headers=headers, timeout=timeout, retries=False)
+        answer = urllib3.request("POST", url, body=body, headers=headers, timeout=patience_s, retries=False)
         status, data = answer.status, answer.data
     except urllib3.exceptions.HTTPError as error:
         status, data = 504, json.dumps({"error": str(error)}).encode()
@@ -238,30 +283,41 @@ def _stage(policy: Component, rollout: Rollout) -> Stage:
     return Stage(weight=weight)
 
 
-def _block(state: State, rollout: Rollout, since: Reading, objective_ms: float) -> Block:
-    nothing = BackendCounts()
-    counts = since.versions
-    candidate = counts.get((state.component, rollout.wanted.version), nothing)
-    live = counts.get((state.component, state.live.version), nothing) if state.live else nothing
-    # Latency follows the other figures by a moment: no more can be slow than were answered.
-    return Block(
-        requests=candidate.requests,
-        errors=min(candidate.errors, candidate.requests),
-        slow=min(candidate.slower_than(objective_ms), candidate.requests),
-        live_requests=live.requests,
-        live_errors=min(live.errors, live.requests),
-        live_slow=min(live.slower_than(objective_ms), live.requests),
-    )
+def _totals(
+    state: State,
+    rollout: Rollout,
+    since: Mapping[tuple[str, str], BackendCounts],
+    overdue: Mapping[tuple[str, str], int],
+    objective: Latency,
+) -> dict[str, int]:
+    """Requests, failed and slow ones of both versions since the stage began; an overdue one counts as slow already."""
+    found = {}
+    versions = {"": rollout.wanted.version, "live_": state.live.version if state.live else ""}
+    for prefix, version in versions.items():
+        counts = since.get((state.component, version), BackendCounts())
+        late = overdue.get((state.component, version), 0)
+        found[f"{prefix}requests"] = counts.requests + late
+        found[f"{prefix}errors"] = counts.errors
+        found[f"{prefix}slow"] = counts.slower_than(objective.p99_ms) + late
+    return found
+
+
+def _block(counted: Mapping[str, int], compared: int, disagreed: int) -> Block:
+    """One block. Latency follows the other figures by a moment: no more can be slow, or fail, than were counted."""
+    capped = {
+        name: min(value, counted["live_requests" if name.startswith("live_") else "requests"])
+        for name, value in counted.items()
+    }
+    return Block(**capped, compared=compared, disagreed=disagreed)
 
 
 def _name(stage: Stage) -> str:
     return "Shadow" if stage.shadow else f"{stage.weight} %"
 
 
-def _quantiles(state: State, rollout: Rollout, since: Reading) -> dict[str, float]:
+def _quantiles(state: State, rollout: Rollout, counts: Mapping[tuple[str, str], BackendCounts]) -> dict[str, float]:
     """p99 in ms of both versions over the stage, where it is known."""
     versions = {"p99_ms": rollout.wanted.version, "live_p99_ms": state.live.version if state.live else ""}
-    counts = since.versions
     found = {
         name: counts[state.component, version].quantile(0.99)
         for name, version in versions.items()
@@ -273,7 +329,7 @@ def _quantiles(state: State, rollout: Rollout, since: Reading) -> dict[str, floa
 def _judged(rollout: Rollout, found: Judgement, stage: Stage) -> Rollout:
     judgement = found.kind if found.kind in ("pass", "breach") else "bake"
     note = found.reason
-    passed = f"{rollout.passed} {_name(stage)}: {note}".strip() if judgement == "pass" else rollout.passed
+    passed = f"{rollout.passed}\n{_name(stage)}: {note}".strip() if judgement == "pass" else rollout.passed
     if found.kind == "starved":
         note = f"{found.reason} It waits, as the policy says (little_traffic: wait)."
     figures = {name: value for name, value in found.figures.items() if value is not None}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from torchrelay.config import Perimeter, Site
+from torchrelay.config import Perimeter, Site, settings
 from torchrelay.delivery.admission import Gatekeeper
 from torchrelay.delivery.converge import Converger, Evidence
 from torchrelay.delivery.store import Store, store
@@ -77,6 +77,7 @@ class Orchestrator:
         try:
             with self.memory.lease(_LEASE_PATIENCE_S) as token:
                 while not self._ended.is_set():
+                    settings.cache_clear()  # the policy may have changed since
                     converger = Converger(
                         self.site,
                         self.name,
@@ -88,14 +89,19 @@ class Orchestrator:
                     )
                     outcome = converger.tick()
                     for error in outcome.errors:
-                        log.warning("%s", error)
+                        log.warning("%s", _line(error))
                     if not outcome.soon:
                         return min(5.0, self.perimeter.poll_s) if outcome.errors else float(self.perimeter.poll_s)
                     self._woken.wait(_SOON_S)
                     self._woken.clear()
         except TorchrelayError as error:
-            log.warning("%s", error)
+            log.warning("%s", _line(error))
         return min(5.0, self.perimeter.poll_s)
+
+
+def _line(error: TorchrelayError) -> str:
+    """An error in one line of the log."""
+    return f"{error.found} (next: {error.next_command})"
 
 
 class _News(logging.Filter):
@@ -117,16 +123,16 @@ class _News(logging.Filter):
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Warnings come once, and urllib3 does not say that it tries again: whoever asked says what came of it."""
-    news, retries = _News(), logging.getLogger("urllib3.connectionpool")
-    handlers, level = list(logging.getLogger().handlers), retries.level
+    retries = logging.getLogger("urllib3.connectionpool")
+    level, filters = retries.level, [(handler, _News()) for handler in logging.getLogger().handlers]
     retries.setLevel(logging.ERROR)
-    for handler in handlers:
+    for handler, news in filters:
         handler.addFilter(news)
     try:
         yield
     finally:
         retries.setLevel(level)
-        for handler in handlers:
+        for handler, news in filters:
             handler.removeFilter(news)
 
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 from torchrelay.config import Perimeter, Site, settings
-from torchrelay.console import say
+from torchrelay.console import paint, say
 from torchrelay.delivery.admission import Gatekeeper, Trusting, refusal, refusal_error
 from torchrelay.delivery.converge import converge, record_refusal
 from torchrelay.delivery.sight import serves
@@ -141,6 +141,8 @@ def follow(here: Site, perimeter: str, wanted: ModelVersion, timeout_s: float, s
         if refused and meant and (refused != stale or time.monotonic() > looked):
             raise _turned_down(perimeter, state, refused)
         live = state.live
+        if live and state.rollout is None and live.version == wanted.version:
+            shown.passed(state.rested)
         return bool(live and (live.version, live.digest) == _release(wanted) and state.rollout is None)
 
     _await(here, perimeter, timeout_s, there, wanted.name)
@@ -177,16 +179,27 @@ class Progress:
     def __init__(self) -> None:
         self._stage: int | None = None
         self._said = 0.0
+        self._passed = ""
 
     def show(self, state: State, version: str) -> None:
-        """One line at each stage of the version's roll-out, and every two seconds within it."""
+        """What each stage rested on as it is passed, a line at each new stage, and every two seconds within it."""
         rollout = state.rollout
         if rollout is None or rollout.wanted.version != version:
+            return
+        self.passed(rollout.passed)
+        if not rollout.note:  # the stage has just begun
             return
         if rollout.stage == self._stage and time.monotonic() < self._said + _SAY_EVERY_S:
             return
         self._stage, self._said = rollout.stage, time.monotonic()
         say(f"  {_weight(rollout.stage, rollout.weights):<8} {_measured(rollout.figures)}{rollout.note}")
+
+    def passed(self, text: str) -> None:
+        """Say which stages were passed, and on what, as far as that is news."""
+        for line in text.removeprefix(self._passed).splitlines():
+            if line:
+                say(f"  {paint('✓', 'green')} {line}")
+        self._passed = text
 
 
 def _weight(stage: int, weights: tuple[int, ...]) -> str:

@@ -623,7 +623,10 @@ def _retire(thing: Thing, survey: Survey) -> bool:
     if thing.version in tracking.aliases(thing.component).values():
         return False
     others = [one for one in tracking.versions(thing.component) if one.version != version.version]
-    urls = [tracking.artifact_url(version.run_id, folder) for folder in _archive_folders(tracking, version)]
+    folders = _archive_folders(tracking, version)
+    if version.run_id not in [one.run_id for one in others]:
+        folders = [str(Path(folder).parent) for folder in folders]
+    urls = [tracking.artifact_url(version.run_id, folder) for folder in folders]
     if version.source.startswith("models:/m-") and version.source not in [one.source for one in others]:
         urls.append(_model_url(tracking, version.source.removeprefix("models:/")))
     retired = Retired(component=thing.component, version=thing.version, urls=tuple(urls))

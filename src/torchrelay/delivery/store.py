@@ -84,6 +84,7 @@ class State(Frozen):
     live_since: float = 0.0
     served: tuple[Served, ...] = Field((), description="What served before, the last one last; a rollback pops it.")
     rollout: Rollout | None = None
+    rested: str = Field("", description="What the last roll-out that came through rested on, for people.")
     refused: Admission | None = Field(None, description="Why what is asked for now is turned down, if it is.")
     hold: dict[str, tuple[WantedVersion, ...]] = Field(default_factory=dict, description="What each node was told.")
     routes: tuple[RoutedVersion, ...] = Field((), description="What the gateway was told.")
@@ -210,7 +211,9 @@ def with_served(state: State, wanted: WantedVersion, now: float) -> State:
         served = served[:back]
     elif state.live and not _same(state.live, wanted):
         served = (*served, Served(wanted=state.live, since=state.live_since))[-_MOST_SERVED:]
-    return state.model_copy(update={"live": wanted, "live_since": now, "served": served, "rollout": None})
+    rested = state.rollout.passed if state.rollout else ""
+    update = {"live": wanted, "live_since": now, "served": served, "rollout": None, "rested": rested}
+    return state.model_copy(update=update)
 
 
 def _same(one: WantedVersion, other: WantedVersion) -> bool:

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from torchrelay.config import Site, site, write_json
-from torchrelay.delivery.admission import refusal, refusal_error
-from torchrelay.delivery.converge import Outcome, converge, record_refusal
+from torchrelay.delivery.converge import Outcome, converge
+from torchrelay.delivery.request import insist_it_may_go
 from torchrelay.errors import RefusedError, ServingError
 from torchrelay.handover import ArchiveRecord
 from torchrelay.tracking import Tracking
@@ -41,9 +41,7 @@ def request(here: Site, name: str, version: str, perimeter: str) -> None:
             "a registered version",
             f"make deploy-dev COMPONENT={name}",
         )
-    if reason := refusal(found):
-        record_refusal(here, perimeter, found, reason)
-        raise refusal_error(name, version, reason)
+    insist_it_may_go(here, perimeter, found)
     present = tracking.alias(name, place.alias)
     if present is None or present.version != version:
         tracking.set_alias(name, place.alias, version)

@@ -17,9 +17,11 @@ from pydantic import Field
 from torchrelay.config import Frozen, GatewayPlace
 from torchrelay.serving.gateway_admin import admin
 
-__all__ = ["BackendCounts", "Bucket", "Reading", "counts", "epoch", "read"]
+__all__ = ["BackendCounts", "Bucket", "Reading", "counts", "epoch", "in_flight", "read"]
 
 _COUNTED = r"^cluster\.[^@]+@.+@[0-9a-f]{12}\.upstream_rq_(completed|5xx|timeout|time)$"
+
+_ACTIVE = r"^cluster\.[^@]+@.+@[0-9a-f]{12}\.upstream_rq_active$"
 
 
 class Bucket(Frozen):
@@ -142,6 +144,16 @@ def epoch(place: GatewayPlace) -> str:
     """
     (found,) = json.loads(admin(place, "/config_dump?mask=last_updated"))["configs"]
     return str(found["last_updated"])
+
+
+def in_flight(place: GatewayPlace) -> dict[tuple[str, str], int]:
+    """Requests that each (component, version) is answering now, copies included; ServingError without a gateway."""
+    query = urlencode({"filter": _ACTIVE, "format": "json"})
+    found: dict[tuple[str, str], int] = {}
+    for one in json.loads(admin(place, f"/stats?{query}"))["stats"]:
+        component, version = one["name"].removeprefix("cluster.").rpartition("@")[0].split("@", 1)
+        found[component, version] = found.get((component, version), 0) + int(one["value"])
+    return found
 
 
 def _counted(place: GatewayPlace) -> dict[str, BackendCounts]:

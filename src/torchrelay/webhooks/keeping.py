@@ -89,16 +89,22 @@ class Keeper(threading.Thread):
         """Whether the webhook is registered now. The same trouble is said once."""
         try:
             done = keep_webhook(self._place)
-        except (TorchrelayError, OSError) as error:
-            if str(error) != self._said:
-                log.warning("no webhook will wake this orchestrator, it polls: %s", error)
-            self._said = str(error)
+        except TorchrelayError as error:
+            self._complain(f"{error.found} (next: {error.next_command})")
+            return False
+        except OSError as error:
+            self._complain(str(error))
             return False
         self._said = ""
         if done != "present":
             log.info("webhook %s %s", self._place.name, done)
             self._changed(f"webhook {done}")
         return True
+
+    def _complain(self, found: str) -> None:
+        if found != self._said:
+            log.warning("no webhook will wake this orchestrator, it polls: %s", found)
+        self._said = found
 
 
 @contextmanager

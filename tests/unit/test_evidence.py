@@ -1,0 +1,92 @@
+"""What a stage is judged on: requests that hang are counted before they end, and never twice."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from torchrelay.config import Latency
+from torchrelay.delivery import evidence
+from torchrelay.delivery.evidence import Overdue, _block, _totals
+from torchrelay.delivery.store import Rollout, State
+from torchrelay.handover import WantedVersion
+from torchrelay.serving.gateway_stats import BackendCounts, Bucket
+
+KEY = ("tiny", "2")
+OBJECTIVE = Latency(p99_ms=1000)
+
+
+def wanted(version: str) -> WantedVersion:
+    return WantedVersion(
+        component="tiny",
+        version=version,
+        digest="d",
+        environment="e",
+        url="u",
+        workers=1,
+        batch_size=1,
+        max_batch_delay_ms=1,
+        response_timeout_s=30,
+        max_body_bytes=1024,
+    )
+
+
+ROLLOUT = Rollout(
+    wanted=wanted("2"), kind="rollout", policy="p", who="w", why="y", began=0, stage=0, since=0, weights=(0, 5)
+)
+STATE = State(component="tiny", live=wanted("1"), rollout=ROLLOUT)
+
+
+class Clock:
+    """Time that passes when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(evidence.time, "monotonic", lambda: self.now)
+
+
+def counts(requests: int, slow: int = 0) -> dict[tuple[str, str], BackendCounts]:
+    bars = (
+        Bucket(lower_ms=5, width_ms=1, requests=requests - slow),
+        Bucket(lower_ms=2000, width_ms=100, requests=slow),
+    )
+    return {KEY: BackendCounts(requests=requests, latency=tuple(bar for bar in bars if bar.requests))}
+
+
+def test_a_request_that_hangs_counts_as_slow_once_it_is_over_the_objective(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, overdue = Clock(monkeypatch), Overdue()
+    assert overdue.look(counts(0), {KEY: 3}, OBJECTIVE) == {}
+    clock.now += 0.5
+    assert overdue.look(counts(0), {KEY: 3}, OBJECTIVE) == {}
+    clock.now += 0.6
+    assert overdue.look(counts(0), {KEY: 3}, OBJECTIVE) == {KEY: 3}
+    clock.now += 1
+    assert overdue.look(counts(1, slow=1), {KEY: 2}, OBJECTIVE) == {KEY: 2}
+
+
+def test_a_busy_version_whose_requests_end_in_time_has_none_overdue(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, overdue = Clock(monkeypatch), Overdue()
+    for answered in range(0, 1000, 50):
+        assert overdue.look(counts(answered), {KEY: 8}, OBJECTIVE).get(KEY, 0) == 0
+        clock.now += 0.5
+
+
+def test_what_was_counted_while_it_hung_is_not_counted_again_when_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, overdue = Clock(monkeypatch), Overdue()
+    overdue.look(counts(0), {KEY: 2}, OBJECTIVE)
+    clock.now += 2
+    hanging = _totals(STATE, ROLLOUT, counts(0), overdue.look(counts(0), {KEY: 2}, OBJECTIVE), OBJECTIVE)
+    clock.now += 20
+    ended = counts(2, slow=2)
+    after = _totals(STATE, ROLLOUT, ended, overdue.look(ended, {KEY: 0}, OBJECTIVE), OBJECTIVE)
+    assert (hanging["requests"], hanging["slow"]) == (2, 2) == (after["requests"], after["slow"])
+
+
+@given(
+    st.fixed_dictionaries(
+        {f"{p}{n}": st.integers(0, 50) for p in ("", "live_") for n in ("requests", "errors", "slow")}
+    )
+)
+def test_a_block_is_always_one_that_can_be(counted: dict[str, int]) -> None:
+    block = _block(counted, compared=3, disagreed=1)
+    assert block.errors <= block.requests
+    assert block.live_slow <= block.live_requests
