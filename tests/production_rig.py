@@ -213,9 +213,10 @@ class Rig:
             "PYTHONPATH": os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT / "tests")])),
         }
 
-    def up(self) -> None:
+    def up(self, tracking: bool = True) -> None:
         """Start whatever does not run, as `make up` does."""
-        self.start_tracking()
+        if tracking:
+            self.start_tracking()
         start_daemon(self.conf)
         for program in self.programs():
             self.supervisor.ensure(program)

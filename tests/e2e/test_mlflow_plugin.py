@@ -47,8 +47,9 @@ def _settings(checkout: Checkout, seed: int) -> None:
 
 
 def _mlflow(checkout: Checkout, verb: str, *words: str) -> "subprocess.CompletedProcess[str]":
+    """By the checkout's own path to Python: programs are compared by their commands, and one that differs restarts."""
     return subprocess.run(
-        [str(checkout.folder / ".venv" / "bin" / "mlflow"), "deployments", verb, *words],
+        [str(checkout.folder / ".venv" / "bin" / "python"), "-m", "mlflow", "deployments", verb, *words],
         cwd=checkout.folder,
         env=checkout.environment,
         capture_output=True,
@@ -147,7 +148,8 @@ def test_production_takes_and_replaces_a_version_and_is_never_emptied(deployed: 
 
 def test_what_was_never_judged_moves_no_alias(deployed: Checkout) -> None:
     version = _version(deployed, "2")
-    body = {"name": COMPONENT, "source": version["source"], "run_id": version["run_id"]}
+    source = version["source"]
+    body = {"name": COMPONENT, "source": source, "run_id": version["run_id"], "model_id": source.split("/")[-1]}
     made = urllib3.request("POST", f"{deployed.tracking}/api/2.0/mlflow/model-versions/create", json=body).json()
     number = made["model_version"]["version"]
     before = _aliases(deployed)

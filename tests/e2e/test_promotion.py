@@ -102,11 +102,14 @@ def until(condition: Any, seconds: float, what: str) -> Any:
     raise AssertionError(f"not within {seconds} s: {what}")
 
 
-def test_a_version_is_promoted_by_stages_refused_rolled_back_and_traced(
-    site: Checkout, request: pytest.FixtureRequest
-) -> None:
-    """One story, since each chapter needs the one before; every chapter starts what the operator would type."""
+@pytest.fixture(scope="module")
+def story(site: Checkout) -> list[dict[str, Any]]:
+    """One story, since each chapter needs the one before, whatever order tests run in; the ledger at its end.
+
+    Every chapter starts with what the operator would type.
+    """
     assert production(site)["components"] == {}
+    assert ask(site).status == 404
     said = site.ok("promote").stderr
     assert "production" in said
     assert ask(site).headers["x-model-version"] == "1"
@@ -139,6 +142,11 @@ def test_a_version_is_promoted_by_stages_refused_rolled_back_and_traced(
     assert ask(site).headers["x-model-version"] == "1"
     assert took < 15, "kept warm, so a matter of seconds even on a busy machine"
 
+    move_alias_as_the_page_does(site, "2")
+    until(lambda: in_production(site, "canary", "2"), 10, "the webhook has woken the orchestrator")
+    until(lambda: ask(site).headers["x-model-version"] == "2" and not in_production(site, "canary", "2"), 120, "live")
+    site.ok("rollback")
+
     set_policy(site, floor=0.999, seed=2)
     refused = site.run("promote", "--version", "2")
     assert refused.returncode == 3, refused.stderr
@@ -149,45 +157,66 @@ def test_a_version_is_promoted_by_stages_refused_rolled_back_and_traced(
     assert "floor" in state["refused"]["reason"]
     assert (state["wanted"], state["converged"]) == ("1", True)
 
-    entries = history(site)
+    return history(site)
+
+
+def test_a_version_is_promoted_by_stages_refused_rolled_back_and_traced(
+    site: Checkout, story: list[dict[str, Any]]
+) -> None:
+    entries = story
     moves = [(one["kind"], one["from_version"], one["to_version"]) for one in reversed(entries)]
     assert moves == [
         ("rollout", None, "1"),
         ("rollout", "1", "2"),
         ("rollback", "2", "1"),
+        ("rollout", "1", "2"),
+        ("rollback", "2", "1"),
         ("refusal", "1", "2"),
     ]
-    assert [one["failed_requests"] for one in entries[1:]] == [0, 0, 0]
+    assert [one["failed_requests"] for one in entries[1:]] == [0, 0, 0, 0, 0]
     assert all(one["report"] for one in entries if one["kind"] != "rollback")
 
-    ask(site, x_request_id="who-was-it")
+    served = ask(site, x_request_id="who-was-it").headers["x-model-version"]
     found = until(lambda: traced(site, "who-was-it"), 10, "the answer is in the prediction log")
-    assert found["version"] == f"{COMPONENT} version 1"
-    assert found["parameters"]["seed"] == "1"
+    assert found["version"] == f"{COMPONENT} version {served}"
+    assert found["parameters"]["seed"] == served, "version 1 was trained with seed 1, and 2 with 2"
     assert found["commit"] == commit(site)
 
-    set_policy(site, seed=2)
-    browser = request.getfixturevalue("browser")  # skips here where there is none: all of the above has passed
-    move_alias_in_the_page(browser, f"{site.tracking}/#/models/{COMPONENT}/versions/2", "production")
-    until(lambda: "canary" in production(site)["components"][COMPONENT], 10, "the webhook has woken the orchestrator")
-    until(lambda: production(site)["components"][COMPONENT]["wanted"] == "2", 10, "version 2 is wanted")
-    until(
-        lambda: ask(site).headers["x-model-version"] == "2" and history(site)[0]["to_version"] == "2", 120, "it serves"
-    )
+
+def move_alias_as_the_page_does(checkout: Checkout, version: str) -> None:
+    """The request that MLflow's page sends; the page itself is in test_an_operator_promotes_in_mlflows_page."""
+    url = f"{checkout.tracking}/ajax-api/2.0/mlflow/registered-models/alias"
+    answer = HTTP.request("POST", url, json={"name": COMPONENT, "alias": "production", "version": version})
+    assert answer.status == 200, answer.data
 
 
-def move_alias_in_the_page(browser: Any, url: str, alias: str) -> None:
-    """What an operator does by hand: edit the aliases on the version's page."""
+def in_production(checkout: Checkout, what: str, version: str) -> bool:
+    found = production(checkout)["components"][COMPONENT].get(what, {})
+    return bool(found.get("version") == version)
+
+
+@pytest.mark.usefixtures("story")
+def test_an_operator_promotes_in_mlflows_page(site: Checkout, browser: Any) -> None:
+    """With the mouse: the dialog of the version's page sets the alias, and production answers with that version."""
     from selenium.webdriver.common.by import By
     from selenium.webdriver.common.keys import Keys
 
-    browser.get(url)
+    set_policy(site, stages=[])
+    version = json.loads((site.folder / "results" / COMPONENT / "archive.json").read_text())["version"]
+    browser.get(f"{site.tracking}/#/models/{COMPONENT}/versions/{version}")
     button = until(lambda: browser.find_elements(By.CSS_SELECTOR, 'button[title="Edit aliases"]'), 60, "the page")[0]
     button.click()
     [field] = until(lambda: browser.find_elements(By.CSS_SELECTOR, "[role=dialog] input"), 10, "the dialog")
-    field.send_keys(alias, Keys.ENTER)
+    field.send_keys("production", Keys.ENTER)
     buttons = browser.find_elements(By.CSS_SELECTOR, "[role=dialog] button")
     next(one for one in buttons if one.text.startswith("Save")).click()
+    until(lambda: (version, True) == wanted_and_converged(site), 90, f"production serves version {version}")
+    assert ask(site).headers["x-model-version"] == version
+
+
+def wanted_and_converged(checkout: Checkout) -> tuple[str, bool]:
+    found = production(checkout)["components"].get(COMPONENT, {})
+    return found.get("wanted", ""), bool(found.get("converged"))
 
 
 def traced(checkout: Checkout, request_id: str) -> dict[str, Any] | None:

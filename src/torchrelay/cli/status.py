@@ -102,6 +102,8 @@ def _component(
         found["refused"] = {"version": refused.version, "reason": refused.reason}
     if state and state.rollout:
         found["canary"] = _canary(state)
+    if state and state.trouble:
+        found["trouble"] = state.trouble
     return found
 
 
@@ -161,6 +163,8 @@ def _component_lines(component: str, state: dict[str, Any]) -> list[str]:
     if canary := state.get("canary"):
         stays = f"for {time.time() - canary['since']:.0f} s: {canary['note'] or 'under way'}"
         lines.append(f"    {paint('canary', 'yellow')}: version {canary['version']} at {canary['weight']} %, {stays}")
+    if trouble := state.get("trouble"):
+        lines.append(f"    {paint('waiting', 'yellow')}: {trouble}")
     if refused := state.get("refused"):
         lines.append(f"    {paint('refused', 'red')}: version {refused['version']}: {refused['reason']}")
     return lines

@@ -47,6 +47,7 @@ _PATIENCE_S = 900.0
 _POLL_S = 0.1
 # A component that needs more steps than this at one go is going round in circles.
 _MOST_STEPS = 200
+_LOOKING = Rest(soon=True, why="being looked at")
 
 log = logging.getLogger(__name__)
 Registry = dict[str, ModelVersion | None]
@@ -162,12 +163,23 @@ class Converger:
     def _closed(self, component: str, registry: Registry | None) -> Rest:
         """One component, whose errors do not keep the others waiting."""
         try:
-            return self._close(component, registry)
+            rest = self._close(component, registry)
         except BusyError:  # somebody else has the lease
             raise
         except TorchrelayError as error:
             self.outcome.errors.append(error)
-            return Rest(soon=False, why=error.found)
+            rest = Rest(soon=False, why=error.found)
+            self._note_trouble(component, f"{error.found}; {error.next_command}")
+        else:
+            if rest != _LOOKING:  # which may end as it did before
+                self._note_trouble(component, "")
+        return rest
+
+    def _note_trouble(self, component: str, text: str) -> None:
+        """What a person who waits for the next step should know."""
+        state = self.memory.state(component)
+        if state.trouble != text:
+            self._save(state.model_copy(update={"trouble": text}))
 
     def _close(self, component: str, registry: Registry | None) -> Rest:
         """Step by step until there is nothing to do now. `registry` is what was read a moment ago."""
@@ -185,7 +197,7 @@ class Converger:
                 return step
             log.info("%s: %s", component, step)
             if not self._execute(step, state, requested, reports):
-                return Rest(soon=True, why="being looked at")
+                return _LOOKING
         raise ServingError(f"{component} took {_MOST_STEPS} steps without an end", "an end", "make status")
 
     # What is known

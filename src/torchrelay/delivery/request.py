@@ -180,9 +180,14 @@ class Progress:
         self._stage: int | None = None
         self._said = 0.0
         self._passed = ""
+        self._trouble = ""
 
     def show(self, state: State, version: str) -> None:
         """What each stage rested on as it is passed, a line at each new stage, and every two seconds within it."""
+        if state.trouble != self._trouble:
+            self._trouble = state.trouble
+            if state.trouble:
+                say(f"  {paint('waiting', 'yellow')}  {state.trouble}")
         rollout = state.rollout
         if rollout is None or rollout.wanted.version != version:
             return

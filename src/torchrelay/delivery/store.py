@@ -86,6 +86,7 @@ class State(Frozen):
     rollout: Rollout | None = None
     rested: str = Field("", description="What the last roll-out that came through rested on, for people.")
     refused: Admission | None = Field(None, description="Why what is asked for now is turned down, if it is.")
+    trouble: str = Field("", description="What keeps the next step from being done now; tried again by itself.")
     hold: dict[str, tuple[WantedVersion, ...]] = Field(default_factory=dict, description="What each node was told.")
     routes: tuple[RoutedVersion, ...] = Field((), description="What the gateway was told.")
     placed: dict[str, dict[str, Endpoint]] = Field(

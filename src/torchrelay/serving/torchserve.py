@@ -121,7 +121,7 @@ class TorchServe(Engine):
     def ready(self) -> bool:
         """Whether the management API answers; it opens after the inference API."""
         try:
-            return self._manage("GET", "/models?limit=1").status == 200
+            return self._manage("GET", "/models?limit=1", timeout=5).status == 200
         except ServingError:
             return False
 

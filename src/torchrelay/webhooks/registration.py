@@ -91,7 +91,7 @@ def remove_webhooks(tracking_url: str, name: str) -> int:
 def try_webhook(tracking_url: str, webhook: Webhook) -> Trial:
     """Have MLflow send a made-up event now; takes about 7 s if nobody listens, since it tries four times.
 
-    MLflow reads the webhook anew for this. A registry event meets what it read up to a minute ago.
+    MLflow reads the webhook anew for this. A registry event meets what it read some seconds ago.
     """
     row = Rest(tracking_url).create(f"webhooks/{webhook.webhook_id}/test", {})["result"]
     answer = row.get("response_body", "")
