@@ -460,6 +460,13 @@ class Rig:
         """The kinds of the ledger's entries on this version, in their order."""
         return [entry.kind for entry in self.ledger() if entry.to_version == version]
 
+    def await_told(self, version: str, *kinds: ledger.Kind, seconds: float = 10) -> None:
+        """Until the ledger has just these entries on the version; it is written after what it tells of."""
+        end = time.monotonic() + seconds
+        while (found := self.told(version)) != list(kinds) and time.monotonic() < end:
+            time.sleep(0.2)
+        assert found == list(kinds), self.story()
+
     def looked_at(self, version: str) -> int:
         """How often the gatekeeper set about deciding on this version."""
         return self.log(ORCHESTRATOR).read_text().count(f"looking at {NAME} version {version}\n")

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import sqlite3
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,8 @@ import psutil
 import pytest
 import urllib3
 
-from torchrelay import config, doctor, nodes
+from tests.conftest import free_port_base
+from torchrelay import config, doctor, nodes, webhooks
 from torchrelay.serving.ports import port_taken
 from torchrelay.tracking import Tracking
 
@@ -30,7 +30,8 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("TORCHRELAY_ROOT", str(ROOT))
         patch.setenv("TORCHRELAY_STATE", str(folder))
         patch.setenv("TORCHRELAY_KEYS", str(folder.parent / "keys"))
-        patch.setenv("TORCHRELAY_PORT_BASE", str(free_base()))
+        patch.setenv("TORCHRELAY_PORT_BASE", str(free_port_base()))
+        patch.setenv("TORCHRELAY_POLL_S", "2")
         patch.setenv("HOME", str(folder.parent / "home"))
         config.settings.cache_clear()
         nodes.configure(folder / "logs" / "configure.log")
@@ -45,16 +46,6 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(autouse=True)
 def up(state: Path) -> None:
     nodes.start()
-
-
-def free_base() -> int:
-    """A port base whose three ports (tracking, gateway, gateway's admin) nobody listens on."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            base = int(probe.getsockname()[1])
-        if base < 65000 and not any(map(port_taken, (base, base + 10, base + 11))):
-            return base
 
 
 def ours(state: Path) -> list[psutil.Process]:
@@ -91,9 +82,77 @@ def tracking() -> Tracking:
     return Tracking(config.site().tracking.url)
 
 
+def orchestrator_answers() -> bool:
+    (found,) = doctor.orchestrators()
+    return found.ok
+
+
+def place() -> webhooks.Place:
+    """Of production's webhook."""
+    return webhooks.webhook_place(config.site(), "production")
+
+
+def registered() -> bool:
+    """Whether MLflow holds exactly production's webhook, with the present secret."""
+    there = webhooks.find_webhooks(place().tracking_url, place().name)
+    return len(there) == 1 and there[0].fits(place().target_url, webhooks.read_secrets(place().folder)[0])
+
+
+def accepted() -> int:
+    """How many deliveries the orchestrator let in since it started."""
+    answer = urllib3.request("GET", f"{config.site().perimeters['production'].orchestrator}/healthz")
+    return int(answer.json()["outcomes"].get("accepted", 0))
+
+
+def test_the_orchestrator_registers_its_webhook_and_an_alias_wakes_it() -> None:
+    eventually(orchestrator_answers)
+    eventually(registered)
+    time.sleep(6)  # for as long MLflow goes by what it read of its webhooks before
+    before = accepted()
+    version(tracking())
+    tracking().set_alias("digits", "production", "1")
+    eventually(lambda: accepted() > before, 10)
+
+
+def version(server: Tracking) -> None:
+    """Version 1 of a model, which no component of this checkout is."""
+    server.ensure_model("digits")
+    run = server.create_run(server.ensure_experiment("digits"), "a run", "1")
+    server.create_version("digits", run.run_id, f"{run.artifact_uri}/model", {})
+
+
+def test_a_webhook_that_somebody_deleted_is_registered_again() -> None:
+    eventually(orchestrator_answers)
+    eventually(registered)
+    assert webhooks.remove_webhooks(place().tracking_url, place().name) == 1
+    eventually(registered, 20)
+
+
+def test_a_new_secret_is_in_force_at_once() -> None:
+    eventually(orchestrator_answers)
+    eventually(registered)
+    old = webhooks.read_secrets(place().folder)[0]
+    webhooks.change_secret(place())
+    assert registered()
+    assert webhooks.read_secrets(place().folder)[1] == old
+    assert [finding for finding in doctor.webhooks() if not finding.ok] == []
+
+
+def test_webhooks_outlive_a_restart_of_the_tracking_server() -> None:
+    """They are encrypted with a key that stays, so that MLflow can read them after it."""
+    eventually(registered)
+    before = webhooks.find_webhooks(place().tracking_url, place().name)
+    nodes.stop()
+    nodes.start()
+    assert [one.webhook_id for one in webhooks.find_webhooks(place().tracking_url, place().name)] == [
+        one.webhook_id for one in before
+    ]
+    eventually(orchestrator_answers)
+    assert [finding for finding in doctor.webhooks() if not finding.ok] == []
+
+
 def test_starting_again_starts_nothing(state: Path) -> None:
-    # The node's keeper starts the gateway when it first looks.
-    eventually(lambda: port_taken(config.settings().port_base + 10))
+    eventually(orchestrator_answers)
     before = {process.pid for process in ours(state)}
     nodes.start()
     assert {process.pid for process in ours(state)} == before
@@ -133,6 +192,8 @@ def test_nothing_is_written_to_the_home_folder(state: Path) -> None:
 
 def test_the_verifier_and_the_doctor_agree_that_all_is_well(state: Path) -> None:
     nodes.verify(state / "logs" / "verify.log")
+    eventually(orchestrator_answers)
+    eventually(registered)
     findings = {finding.name: finding for finding in doctor.diagnose()}
     assert "answers" in findings["tracking"].found
     assert not [finding for finding in findings.values() if not finding.ok]

@@ -126,7 +126,7 @@ def test_a_bad_model_is_stopped_where_it_must_be_and_production_reverts(name: st
         rig.await_live(live)
         time.sleep(0.5)
     assert watch.reached == STOPPED_AT.get(name, ADMISSION), reason
-    assert rig.told(version) == ["refusal"], reason
+    rig.await_told(version, "refusal")
     if watch.reached == CANARY:
         assert len(clients.wrong) + len(clients.failures) <= 0.1 * clients.by_version.total()
         assert len(clients.wrong) <= 0.01 * clients.by_version.total(), clients.wrong[:3]
@@ -141,7 +141,7 @@ def test_a_good_model_is_not_refused(weights: Matrix, rig: Rig, live: str) -> No
     with rig.clients().looping() as clients:
         rig.promote(version)
         rig.await_live(version)
-    assert rig.told(version) == ["rollout"]
+    rig.await_told(version, "rollout")
     assert (clients.wrong, clients.failures) == ([], [])
     assert set(clients.by_version) == {live, version}
 
@@ -161,5 +161,6 @@ def test_after_thirty_bad_models_in_a_row_a_good_one_goes_live(rig: Rig, live: s
         rig.promote(good)
         rig.await_live(good)
     assert (clients.wrong, clients.failures) == ([], [])
+    rig.await_told(good, "rollout")
     told = [(entry.kind, entry.to_version) for entry in rig.ledger()[began:]]
     assert told == [*(("refusal", version) for version in bad), ("rollout", good)]

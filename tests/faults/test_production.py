@@ -30,7 +30,7 @@ from production_rig import (
     Rig,
     scaled,
 )
-from torchrelay import archive, ledger
+from torchrelay import archive
 from torchrelay.delivery import reach
 from torchrelay.errors import BusyError
 from torchrelay.serving.supervisor import shutdown
@@ -55,14 +55,6 @@ def settled(rig: Rig, version: str, seconds: float = MENDED_S) -> None:
     until(lambda: rig.tracking.aliases("points").get("production-live") == version, seconds)
 
 
-def tells(rig: Rig, version: str, *kinds: ledger.Kind) -> None:
-    """The ledger's entries on this version, which may come a moment later."""
-    end = time.monotonic() + 10
-    while rig.told(version) != list(kinds) and time.monotonic() < end:
-        time.sleep(0.2)
-    assert rig.told(version) == list(kinds), rig.story()
-
-
 # The road that everything takes
 
 
@@ -84,8 +76,8 @@ def test_a_promotion_goes_through_every_stage_and_a_rollback_takes_seconds(rig: 
     assert [stage for stage in ("shadow", " 5 %", " 25 %") if stage not in said] == []
     assert took < 5
     assert set(clients.by_version) == {live, version}
-    tells(rig, version, "rollout")
-    assert rig.told(live)[-1] == "rollback"
+    rig.await_told(version, "rollout")
+    until(lambda: rig.told(live)[-1] == "rollback", 10)
 
 
 def test_the_alias_is_moved_while_a_version_rolls_out(rig: Rig, live: str) -> None:
@@ -95,7 +87,7 @@ def test_the_alias_is_moved_while_a_version_rolls_out(rig: Rig, live: str) -> No
         rig.await_stage(first, 0)
         rig.promote(second)
         settled(rig, second)
-    tells(rig, second, "rollout")
+    rig.await_told(second, "rollout")
     assert rig.told(first) == []
 
 
@@ -122,7 +114,7 @@ def test_what_is_live_is_deleted_from_the_registry_and_serves_on(rig: Rig, live:
         rig.kill_engine(NODES[0])
         time.sleep(3)
         rig.await_live(version, MENDED_S)
-    tells(rig, version, "rollout", "mend")
+    rig.await_told(version, "rollout", "mend")
 
 
 def delete_version(rig: Rig, version: str) -> None:
@@ -142,7 +134,7 @@ def test_two_promotions_at_once(rig: Rig, live: str) -> None:
             thread.join()
         last = rig.tracking.aliases("points")["production"]
         settled(rig, last)
-    tells(rig, last, "rollout")
+    rig.await_told(last, "rollout")
 
 
 # What may not come in
@@ -217,6 +209,7 @@ def test_what_may_not_be_served_is_refused_once_and_changes_nothing(kind: str, r
         time.sleep(2.5)  # two polls
         rig.wake()
         rig.await_live(live)
+    rig.await_told(version, "refusal")
     (entry,) = [entry for entry in rig.ledger() if entry.to_version == version]
     assert (entry.kind, entry.from_version, entry.verdict) == ("refusal", live, "refuse")
     assert set(reason[:390]) == set(entry.why[:390])
@@ -234,7 +227,7 @@ def test_a_refused_version_is_looked_at_again_once_its_record_has_changed(rig: R
     with unharmed(rig):
         rig.tracking.set_version_tags("points", version, {"torchrelay.verdict": "pass"})
         settled(rig, version)
-    tells(rig, version, "refusal", "rollout")
+    rig.await_told(version, "refusal", "rollout")
 
 
 # Kills
@@ -250,7 +243,7 @@ def test_the_orchestrator_is_killed_at_every_stage(rig: Rig, live: str) -> None:
             until(lambda at=stage: _reached(rig, version, at), 90)  # type: ignore[misc]
             with_patience(lambda: rig.kill(ORCHESTRATOR))
         settled(rig, version, 90)
-    tells(rig, version, "rollout")
+    rig.await_told(version, "rollout")
 
 
 def _reached(rig: Rig, version: str, stage: int) -> bool:
@@ -284,7 +277,7 @@ def test_the_orchestrator_is_killed_whenever(rig: Rig, live: str) -> None:
                 with_patience(lambda: rig.kill(ORCHESTRATOR))
                 time.sleep(chance.uniform(0.1, 5))
             settled(rig, version, 90)
-            tells(rig, version, "rollout")
+            rig.await_told(version, "rollout")
 
 
 @pytest.mark.parametrize("really", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["expired", "30 s"])
@@ -317,7 +310,7 @@ def test_an_orchestrator_that_stood_still_has_lost_its_say(really: bool, rig: Ri
             for process in rig.processes(ORCHESTRATOR):
                 process.send_signal(signal.SIGCONT)
         settled(rig, version, 60)
-    tells(rig, version, "rollout")
+    rig.await_told(version, "rollout")
 
 
 def expire_lease(rig: Rig) -> None:
@@ -338,7 +331,7 @@ def test_an_engine_is_killed(when: str, rig: Rig, live: str) -> None:
         rig.kill_engine(NODES[0])
         settled(rig, version)
     if version != live:
-        tells(rig, version, "rollout")
+        rig.await_told(version, "rollout")
 
 
 def test_both_engines_are_killed(rig: Rig, live: str) -> None:
@@ -363,7 +356,7 @@ def test_the_keepers_are_killed(rig: Rig, live: str) -> None:
         for node in rig.perimeter.nodes:
             rig.kill(f"{node.name}-keeper")
         settled(rig, version)
-    tells(rig, version, "rollout")
+    rig.await_told(version, "rollout")
 
 
 @pytest.mark.parametrize("when", ["in steady state", "in a canary"])
@@ -423,7 +416,7 @@ def test_a_breach_reverts_while_the_tracking_server_is_away(rig: Rig, live: str)
     rig.start_tracking()
     rig.await_refused(version)
     settled(rig, live)
-    tells(rig, version, "refusal")
+    rig.await_told(version, "refusal")
     assert "torchrelay.production.refused" in rig.made(version).tags
 
 
@@ -445,7 +438,7 @@ def test_a_roll_out_waits_for_the_tracking_server_and_goes_on(rig: Rig, live: st
         rig.start_tracking()
         settled(rig, version)
     assert set(clients.by_version) == {live, version}
-    tells(rig, version, "rollout")
+    rig.await_told(version, "rollout")
 
 
 # The nodes' own doors

@@ -415,3 +415,19 @@ def test_importing_the_package_is_cheap() -> None:
     heavy = ["model_signing", "sigstore", "urllib3", "cryptography", "torch", "numpy"]
     done = subprocess.run([sys.executable, "-c", program, *heavy], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_logged_requests_are_answered_again_each_with_its_own_status(packed: Path, component_python: str) -> None:
+    requests = [{"id": "a", "inputs": tiny.INSTANCES[:1]}, {"id": "b", "inputs": [["no", "numbers", "here"]]}]
+    good, bad = archive.replay(packed / "model.mar", component_python, requests, patience_s=30)
+    assert (good["id"], good["status"], bad["id"]) == ("a", 200, "b")
+    assert good["output"]["predictions"][0]["class"] == tiny.predict(tiny.INSTANCES[0])["class"]
+    assert bad["status"] in (400, 500)
+    assert good["milliseconds"] > 0
+
+
+def test_a_replay_that_hangs_is_not_sat_out(packed: Path, component_python: str) -> None:
+    requests = [{"id": str(number), "inputs": tiny.INSTANCES[:1]} for number in range(40)]
+    answers = archive.replay(packed / "model.mar", component_python, requests, patience_s=0)
+    assert [one["status"] for one in answers] == [504] * 40
+    assert [one["output"] is None for one in answers] == [False] * 20 + [True] * 20

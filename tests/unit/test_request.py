@@ -200,7 +200,7 @@ def test_what_is_live_is_asked_for_again_in_place_of_another_request(rig: Rig) -
 
 def test_where_something_always_serves_a_withdrawal_is_refused(rig: Rig) -> None:
     with pytest.raises(RefusedError, match="goes on with it when @production is deleted"):
-        request.withdraw(rig.site, "production", "digits", why="test")
+        request.withdraw(rig.site, "production", "digits", why="test", timeout_s=1)
     assert rig.there == {"production": "1"}
 
 

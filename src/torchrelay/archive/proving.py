@@ -46,12 +46,16 @@ def evaluate(archive: Path, python: str, test_set: Path, task: str, timeout_s: f
         return Evaluation.model_validate_json(output.read_bytes())
 
 
-def replay(archive: Path, python: str, requests: list[Json], timeout_s: float = 600) -> list[Json]:
-    """The archive's answers to logged requests (`id` and `inputs`): `id`, `status`, `output` and `milliseconds`."""
+def replay(archive: Path, python: str, requests: list[Json], patience_s: float, timeout_s: float = 300) -> list[Json]:
+    """The archive's answers to logged requests (`id` and `inputs`): `id`, `status`, `output` and `milliseconds`.
+
+    An answer that takes longer than `patience_s` is none. ArchiveError when all together take longer than `timeout_s`.
+    """
     with tempfile.TemporaryDirectory() as folder:
         given, output = Path(folder) / "requests.json", Path(folder) / "answers.json"
         given.write_text(json.dumps(requests), encoding="utf-8")
-        _run(archive, python, ["--replay", str(given), "--output", str(output)], timeout_s)
+        patience = ["--patience-ms", str(1000 * patience_s)]
+        _run(archive, python, ["--replay", str(given), "--output", str(output), *patience], timeout_s)
         found: list[Json] = json.loads(output.read_bytes())
         return found
 

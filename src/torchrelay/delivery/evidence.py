@@ -35,8 +35,7 @@ from torchrelay.serving.predictions import (
 )
 
 TOLERANCE = 0.05
-# A replayed request that takes this many times the latency objective counts as failed: one that hangs must not hold
-# up every roll-out.
+# A replayed request that takes this many times the latency objective counts as failed.
 _PATIENCE = 20
 _ENOUGH_ERRORS = 20
 
@@ -188,7 +187,7 @@ def replay_on(perimeter: Perimeter, wanted: WantedVersion, policy: Component) ->
     held = _somewhere(perimeter, wanted)
     if held is None:
         return found
-    patience_s = min(wanted.response_timeout_s, _PATIENCE * policy.latency.p99_ms / 1000)
+    patience_s = patience(policy)
     for request in logged_requests(perimeter, wanted.component, policy.rollout.replay_requests):
         answer = _send(held, wanted, request, patience_s)
         found.milliseconds.append(answer.milliseconds)
@@ -204,6 +203,11 @@ def replay_on(perimeter: Perimeter, wanted: WantedVersion, policy: Component) ->
             found.worst.append(Disagreement(how, request.logged, answer))
     found.worst = sorted(found.worst, key=lambda one: one.difference, reverse=True)[:20]
     return found
+
+
+def patience(policy: Component) -> float:
+    """How long a replayed request may take, in seconds: one that hangs must not hold up every roll-out."""
+    return min(float(policy.serving.response_timeout_s), _PATIENCE * policy.latency.p99_ms / 1000)
 
 
 def logged_requests(perimeter: Perimeter, component: str, limit: int) -> list[Request]:

@@ -16,7 +16,7 @@ from torchrelay import archive, components, gate
 from torchrelay.config import Component, Json, Perimeter, Site, component_names, read_json, root, settings, write_file
 from torchrelay.config import component as component_settings
 from torchrelay.delivery.admission import Gatekeeper, decision, refusal, tags_hash, wanted_version
-from torchrelay.delivery.evidence import TOLERANCE, answered, logged_requests
+from torchrelay.delivery.evidence import TOLERANCE, answered, logged_requests, patience
 from torchrelay.delivery.store import Admission
 from torchrelay.errors import ArchiveError, ConfigError, DataError, TorchrelayError
 from torchrelay.handover import Environment, Evaluation, Manifest, WantedVersion
@@ -24,6 +24,8 @@ from torchrelay.lineage import TAG_COMMIT, TAG_DIGEST, TAG_ENVIRONMENT
 from torchrelay.serving.predictions import Prediction, difference
 from torchrelay.tracking import ModelVersion, Tracking
 
+# A model that hangs must not keep the next one waiting for long.
+_PROOF_S = 120.0
 _FILES = ("model.mar", "manifest.json", "model.sig")
 
 log = logging.getLogger(__name__)
@@ -107,7 +109,7 @@ class Strict:
             )
         error, difference = "", None
         try:
-            difference = archive.prove(mar, python).largest_difference
+            difference = archive.prove(mar, python, timeout_s=_PROOF_S).largest_difference
         except ArchiveError as failure:
             error = failure.found
         tests = _test_set(version.name)
@@ -133,7 +135,7 @@ class Strict:
             return {}
         given = [{"id": one.logged.id, "inputs": one.logged.instances} for one in requests]
         try:
-            answers = archive.replay(mar, python, given)
+            answers = archive.replay(mar, python, given, patience(policy))
         except ArchiveError as error:
             log.warning("the replay failed: %s", error.found)
             return {"replay": gate.Replay(errors=len(requests))}
@@ -186,11 +188,11 @@ class Strict:
 
 
 class Aside:
-    """A gatekeeper that looks at one version at a time in a thread of its own, so that roll-outs go on meanwhile."""
+    """A gatekeeper that looks at versions in threads of its own, so that roll-outs go on meanwhile."""
 
     def __init__(self, keeper: Gatekeeper) -> None:
         self.keeper = keeper
-        self._pool = ThreadPoolExecutor(1, "gatekeeper")
+        self._pool = ThreadPoolExecutor(2, "gatekeeper")
         self._looking: dict[tuple[str, str, str], Future[Admission | None]] = {}
 
     def policy(self, version: ModelVersion) -> str:

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 _BATCH = 256
+_ENOUGH_LATE = 20
 _AGAIN = "train the component again in this environment: make deploy-dev"
 
 
@@ -80,12 +81,24 @@ def evaluate(predictor: Any, test_set: Path, task: str) -> dict[str, Any]:
     return {"test_set": _sha256(test_set), "scores": scores, "slices": slices}
 
 
-def replay(predictor: Any, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def replay(predictor: Any, requests: list[dict[str, Any]], patience_ms: float) -> list[dict[str, Any]]:
     """The answer to each logged request, one by one, with its status and the milliseconds that it took.
 
-    A request holds `id` and its `inputs`: a list of instances, or `base64` and `content_type`.
+    A request holds `id` and its `inputs`: a list of instances, or `base64` and `content_type`. An answer that took
+    longer than `patience_ms` counts as none (504); after twenty of these the rest is not asked, and counts as none.
     """
-    return [_replayed(predictor, request) for request in requests]
+    answers: list[dict[str, Any]] = []
+    late = 0
+    for request in requests:
+        if late >= _ENOUGH_LATE:
+            answers.append({"id": request["id"], "status": 504, "output": None, "milliseconds": patience_ms})
+            continue
+        answer = _replayed(predictor, request)
+        if answer["milliseconds"] > patience_ms:
+            late += 1
+            answer["status"] = 504
+        answers.append(answer)
+    return answers
 
 
 def _replayed(predictor: Any, request: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +132,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--evaluate", type=Path, metavar="TEST_NPZ", help="score this test set instead of the golden set"
     )
     parser.add_argument("--replay", type=Path, metavar="JSON", help="answer these logged requests instead")
+    parser.add_argument(
+        "--patience-ms", type=float, default=30_000.0, help="a replayed answer that takes longer is none"
+    )
     parser.add_argument("--task", choices=sorted(_SCORES), default="classification")
     parser.add_argument("--output", type=Path, help="where --evaluate and --replay write what they found")
     options = parser.parse_args(arguments)
@@ -131,7 +147,7 @@ def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     _unpack(options.archive or _named(), folder)
     predictor = _predictor(folder)
     if options.replay:
-        answers = replay(predictor, json.loads(options.replay.read_bytes()))
+        answers = replay(predictor, json.loads(options.replay.read_bytes()), options.patience_ms)
         _write(options.output, json.dumps(answers).encode())
         return {"samples": len(answers)}
     if not options.evaluate:
