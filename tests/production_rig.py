@@ -31,12 +31,13 @@ import urllib3
 
 from conftest import ROOT, free_port_base
 from engines.supervised import until, write_conf
-from torchrelay import archive, ledger, lineage
+from torchrelay import archive, lineage
 from torchrelay.config import GatewayPlace, Node, NodeConfig, Perimeter, Site, TrackingServer, write_json
 from torchrelay.delivery import reach
 from torchrelay.delivery.store import Admission, State, Store
 from torchrelay.errors import TorchrelayError
 from torchrelay.handover import GoldenSet, NodeReport, Registration
+from torchrelay.ledger import Entry, Kind, history
 from torchrelay.serving.engine import Program
 from torchrelay.serving.supervisor import Supervisor, shutdown, start_daemon
 from torchrelay.tracking import ModelVersion, Tracking
@@ -452,15 +453,15 @@ class Rig:
         odd = [one for one in answers if (one.status, one.version, one.digest) != (200, version, digest)]
         return f"callers get {odd[0]}" if odd else ""
 
-    def ledger(self) -> list[ledger.Entry]:
+    def ledger(self) -> list[Entry]:
         """What happened, the oldest first."""
-        return [one.entry for one in reversed(ledger.history(self.tracking, "production", 1000))]
+        return [one.entry for one in reversed(history(self.tracking, "production", 1000))]
 
     def told(self, version: str) -> list[str]:
         """The kinds of the ledger's entries on this version, in their order."""
         return [entry.kind for entry in self.ledger() if entry.to_version == version]
 
-    def await_told(self, version: str, *kinds: ledger.Kind, seconds: float = 10) -> None:
+    def await_told(self, version: str, *kinds: Kind, seconds: float = 10) -> None:
         """Until the ledger has just these entries on the version; it is written after what it tells of."""
         end = time.monotonic() + seconds
         while (found := self.told(version)) != list(kinds) and time.monotonic() < end:

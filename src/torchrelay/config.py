@@ -146,6 +146,28 @@ class Component(Frozen):
     monitoring: Monitoring = Monitoring()
 
 
+class Retention(Frozen):
+    """How long things are kept that the rollback window does not keep anyway."""
+
+    versions: int | None = Field(
+        None, ge=1, description="Newest versions of a component that the registry keeps; null: all of them."
+    )
+    served: int = Field(
+        10, ge=1, description="How many versions that served before a component remembers: its rollback window."
+    )
+    archives: int = Field(
+        2, ge=0, description="Newest archives of a component that each folder keeps beside those that may serve again."
+    )
+    refused_days: float = Field(7.0, ge=0, description="Days for which archives that did not come in are kept.")
+    evaluations_days: float = Field(30.0, ge=0, description="Days for which production keeps its own test scores.")
+    environments_days: float = Field(30.0, ge=0, description="Days for which an environment that nobody needs is kept.")
+    predictions_days: float = Field(30.0, ge=0, description="Days for which the prediction log is kept.")
+    logs_days: float = Field(14.0, ge=0, description="Days for which rotated logs, and those of old engines, are kept.")
+    dvc_cache: bool = Field(
+        False, description="Whether DVC's cache loses what neither the workspace nor any commit uses."
+    )
+
+
 class Settings(Frozen):
     """`config/defaults.yaml` under `config/local.yaml` under the environment."""
 
@@ -164,6 +186,7 @@ class Settings(Frozen):
     )
     production_nodes: int = Field(2, ge=1, le=2, description="Serving nodes of local production; 1 on a small laptop.")
     poll_s: int = Field(30, ge=1, description="How often production looks at the registry when nothing wakes it.")
+    retention: Retention = Retention()
     components: dict[Name, Json] = Field(
         default_factory=dict, description="Overrides laid over a component's component.yaml, by name."
     )

@@ -13,8 +13,9 @@ import pytest
 from tests.e2e.conftest import mlflow_server  # noqa: F401
 from tests.retention_rig import NODES, VERSIONS, Rig, archive, digest, rig, wanted
 from torchrelay import config
+from torchrelay.config import Retention
 from torchrelay.delivery import retention
-from torchrelay.delivery.retention import Retention, sweep
+from torchrelay.delivery.retention import sweep
 from torchrelay.delivery.store import State, store
 from torchrelay.errors import TorchrelayError
 from torchrelay.lineage import TAG_DIGEST

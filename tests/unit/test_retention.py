@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from tests.retention_rig import NODES, OLD, VERSIONS, FakeTracking, Rig, archive, digest, environment, rig, wanted
 from torchrelay import config
 from torchrelay.cli import gc as cli_gc
-from torchrelay.config import write_json
+from torchrelay.config import Retention, write_json
 from torchrelay.delivery import reach, retention
-from torchrelay.delivery.retention import Fate, Kind, Retention, Survey, Thing, Window, plan, sweep
+from torchrelay.delivery.retention import Fate, Kind, Survey, Thing, Window, plan, sweep
 from torchrelay.delivery.store import Rollout, Served, State
 from torchrelay.errors import ServingError
 from torchrelay.handover import ArchiveRecord, RoutedVersion

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from torchrelay.config import site
+from torchrelay.config import settings, site
 from torchrelay.console import leg, paint, result, say
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ def gc(confirm: str, as_json: bool) -> None:
 
     What serves, what comes and what one may roll back to always stay.
     """
-    from torchrelay.delivery.retention import Retention, Survey, sweep
+    from torchrelay.delivery.retention import Survey, sweep
 
-    here, retention = site(), Retention()
+    here, retention = site(), settings().retention
     if confirm != "yes":
         survey = Survey(here, retention)
         with leg("plan", "what may go"):

@@ -27,6 +27,7 @@ from torchrelay.config import (
     Frozen,
     NodeConfig,
     Perimeter,
+    Retention,
     Site,
     component_names,
     read_json,
@@ -63,25 +64,6 @@ Kind = Literal[
 ]
 # What the rollback window may speak of; none of it goes while the window is not known.
 _WINDOWED = ("version", "archive", "evaluation", "environment")
-
-
-class Retention(Frozen):
-    """How long things are kept that the rollback window does not keep anyway."""
-
-    versions: int | None = Field(
-        None, ge=1, description="Newest versions of a component that the registry keeps; null: all of them."
-    )
-    archives: int = Field(
-        2, ge=0, description="Newest archives of a component that each folder keeps beside those that may serve again."
-    )
-    refused_days: float = Field(7.0, ge=0, description="Days for which archives that did not come in are kept.")
-    evaluations_days: float = Field(30.0, ge=0, description="Days for which production keeps its own test scores.")
-    environments_days: float = Field(30.0, ge=0, description="Days for which an environment that nobody needs is kept.")
-    predictions_days: float = Field(30.0, ge=0, description="Days for which the prediction log is kept.")
-    logs_days: float = Field(14.0, ge=0, description="Days for which rotated logs, and those of old engines, are kept.")
-    dvc_cache: bool = Field(
-        False, description="Whether DVC's cache loses what neither the workspace nor any commit uses."
-    )
 
 
 class Thing(Frozen):

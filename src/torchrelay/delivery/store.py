@@ -30,7 +30,6 @@ CREATE TABLE IF NOT EXISTS admission (component TEXT, version TEXT, digest TEXT,
     PRIMARY KEY (component, version, digest, policy));
 """
 _LEASE_S = 30.0
-_MOST_SERVED = 50
 
 
 class Served(Frozen):
@@ -211,7 +210,7 @@ def with_served(state: State, wanted: WantedVersion, now: float) -> State:
     if back is not None:
         served = served[:back]
     elif state.live and not _same(state.live, wanted):
-        served = (*served, Served(wanted=state.live, since=state.live_since))[-_MOST_SERVED:]
+        served = (*served, Served(wanted=state.live, since=state.live_since))[-settings().retention.served :]
     rested = state.rollout.passed if state.rollout else ""
     update = {"live": wanted, "live_since": now, "served": served, "rollout": None, "rested": rested}
     return state.model_copy(update=update)
