@@ -48,7 +48,8 @@ def start(wait: bool = True) -> None:
     """Bring up supervisord, all that it kept up before, and the tracking server.
 
     With `wait`, returns once the tracking server answers. Nothing is started while a port that the site needs is
-    somebody else's: that is a BusyError.
+    somebody else's: that is a BusyError. But where there is something to serve, the gateways' ports are enough, and
+    somebody who has the tracking server's is told of at the next call.
     """
     from torchrelay.serving.engine import Program
     from torchrelay.serving.supervisor import end_strays
@@ -58,7 +59,7 @@ def start(wait: bool = True) -> None:
     supervisor = _supervisor()
     if not supervisor.answers():
         with _alone():
-            _start_daemon(needed_ports(here))
+            _start_daemon(_ports_to_serve(here) or needed_ports(here))
     elif not supervisor.running(program.name):
         end_strays(supervisor.socket, program.name)
         _check_ports(needed_ports(here)[:1])
@@ -89,6 +90,14 @@ def stop() -> None:
     _supervisor().shutdown()
     for left in ("supervisord.sock", "supervisord.pid"):
         (_supervisord_conf().parent / left).unlink(missing_ok=True)
+
+
+def _ports_to_serve(here: Site) -> list[tuple[int, str]]:
+    """The gateways' ports, if any node was ever told to serve something."""
+    nodes = [node for perimeter in here.perimeters.values() for node in perimeter.nodes]
+    if not any((node.folder / "desired.json").is_file() for node in nodes):
+        return []
+    return [port for port in needed_ports(here) if "gateway" in port[1]]
 
 
 def needed_ports(here: Site) -> list[tuple[int, str]]:

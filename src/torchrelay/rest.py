@@ -117,7 +117,8 @@ class Rest:
         return cast(Json, content)
 
     def _silent(self, url: str, error: HTTPError) -> TrackingError:
-        return TrackingError(f"no answer from {url}: {error}", f"the tracking server at {self.url}", "make up")
+        why = getattr(error, "reason", None) or error  # without urllib3's account of how often it tried
+        return TrackingError(f"no answer from {url}: {why}", f"the tracking server at {self.url}", "make up")
 
     def _refused(self, method: str, url: str, answer: BaseHTTPResponse) -> AnsweredError:
         code, message = _reason(answer.data)

@@ -96,7 +96,8 @@ def test_what_the_package_imports_is_asked_for_by_name() -> None:
 
 
 def test_what_the_tests_import_is_asked_for_by_name() -> None:
-    files = [path for path in (ROOT / "tests").rglob("*.py") if "components" not in path.parts]
+    corpora = {"components", "bad_models"}  # run in a component's environment, or meant to fail there
+    files = [path for path in (ROOT / "tests").rglob("*.py") if not corpora & {*path.parts}]
     own = {"torchrelay", "tests", *(path.stem for path in files), *(path.parent.name for path in files)}
     own |= {path.name for path in (ROOT / "tests").rglob("*") if path.is_dir()} | {"handler", "model", *COMPONENTS_OWN}
     assert not _imported(files, own) - _asked_for("requirements/run.in", "requirements/dev.in")

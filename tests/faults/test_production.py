@@ -28,6 +28,7 @@ from production_rig import (
     SOURCES,
     Clients,
     Rig,
+    production,
     scaled,
 )
 from torchrelay import archive
@@ -91,8 +92,9 @@ def test_the_alias_is_moved_while_a_version_rolls_out(rig: Rig, live: str) -> No
     assert rig.told(first) == []
 
 
-@pytest.mark.parametrize("what", ["alias", "version"])
+@pytest.mark.parametrize("what", ["alias", pytest.param("version", marks=pytest.mark.slow)])
 def test_the_request_is_taken_away_while_a_version_rolls_out(what: str, rig: Rig, live: str) -> None:
+    """Slow is what is much like the other one: all of them take minutes together."""
     version = rig.version(scaled(1.2))
     with unharmed(rig):
         rig.promote(version)
@@ -348,7 +350,9 @@ def test_both_engines_are_killed(rig: Rig, live: str) -> None:
     assert {one.status for one in clients.failures} <= {0, 404, 500, 503, 504}
 
 
+@pytest.mark.slow
 def test_the_keepers_are_killed(rig: Rig, live: str) -> None:
+    """Not in itself: all the kills take minutes together, and this one can do the least harm."""
     version = rig.version(scaled(1.2))
     with unharmed(rig):
         rig.promote(version)
@@ -424,7 +428,9 @@ def on_nodes(rig: Rig, version: str) -> str:
     return rig.amiss(version)
 
 
+@pytest.mark.slow
 def test_a_roll_out_waits_for_the_tracking_server_and_goes_on(rig: Rig, live: str) -> None:
+    """The server takes half a minute to come up again."""
     version = rig.version(scaled(1.2))
     with unharmed(rig) as clients:
         rig.promote(version)
@@ -464,6 +470,38 @@ def test_a_key_of_devs_does_not_open_a_node(rig: Rig, live: str) -> None:
         assert "not signed by" in error.found
         assert version not in {one.version for one in report.held}
         settled(rig, live)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory, component_python: str) -> Iterator[Rig]:
+    """The same production, whose nodes run TorchServe."""
+    with production(tmp_path_factory.mktemp("q"), component_python, engine="torchserve") as made:
+        yield made
+
+
+@pytest.mark.slow
+def test_torchserve_in_place_of_the_minimal_engine(real: Rig) -> None:
+    """Two minutes: TorchServe takes seconds to load a version. A promotion, a breach, a dead engine and a rollback."""
+    first, second = real.version(scaled(1.0)), real.version(scaled(1.2))
+    bad = real.version(handler=BAD_MODELS / "later_raises.py")
+    real.promote(first)
+    settled(real, first, 120)
+    with unharmed(real):
+        real.promote(second)
+        settled(real, second, 120)
+        real.kill_engine(NODES[0])
+        settled(real, second, 60)
+    with real.clients().looping() as clients:
+        real.promote(bad)
+        real.await_refused(bad, 120)
+        settled(real, second)
+    assert clients.wrong == []
+    assert len(clients.failures) < 0.1 * len(clients.seen)
+    with unharmed(real):
+        real.promote(first)
+        settled(real, first, 15)
+    real.await_told(bad, "refusal")
+    real.await_told(second, "rollout", "mend")
 
 
 def test_the_rig_can_tell_good_from_bad(rig: Rig, live: str) -> None:

@@ -167,7 +167,9 @@ def test_what_serves_is_signed_anew_and_the_old_key_is_trusted_no_more(world: Wo
     assert world.rotate() == []
     assert world.keys.private.read_bytes() != old_key
     assert world.published == [2, 1]
-    assert sorted(path.name for path in world.keys.private.parent.iterdir()) == ["signing.pem", "signing.pub"]
+    assert sorted(path.name for path in world.keys.private.parent.iterdir()) == [
+        *("signing.lock", "signing.pem", "signing.pub")
+    ]
     for wanted in (live, warm):
         for folder in (world.on_node(wanted.digest), world.fetched(wanted)):
             archive.verify(folder, world.trust, wanted.digest)
@@ -294,11 +296,41 @@ def test_without_the_tracking_server_nothing_is_begun(world: World) -> None:
     assert rotation.stage(world.keys.private.parent) == "none"
 
 
-def test_during_a_roll_out_nothing_is_begun(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_during_a_roll_out_the_old_key_goes_on_signing(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "_PATIENCE_S", 0.2)
+    before = world.keys.private.read_bytes()
     with world.memory.lease(1), pytest.raises(BusyError):
         world.rotate()
-    assert rotation.stage(world.keys.private.parent) == "none"
+    assert world.keys.private.read_bytes() == before
+    assert world.trust.read_bytes().count(b"BEGIN") == 2
+    assert world.rotate() == []
+    assert world.trust.read_bytes().count(b"BEGIN") == 1
+
+
+def test_nodes_are_told_without_holding_up_roll_outs(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ansible takes half a minute, in which an operator may have to go back."""
+    whole = world.publish
+
+    def publish() -> None:
+        with world.memory.lease(1):
+            whole()
+
+    monkeypatch.setattr(world, "publish", publish)
+    world.rotate()
+
+
+def test_two_rotations_do_not_mix(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, refused = world.publish, []
+
+    def publish() -> None:
+        whole()
+        with pytest.raises(BusyError) as caught:
+            world.rotate()
+        refused.append(caught.value.found)
+
+    monkeypatch.setattr(world, "publish", publish)
+    world.rotate()
+    assert refused == ["another rotation of this key runs"] * 2
 
 
 def test_what_is_on_its_way_is_signed_anew_too(world: World) -> None:

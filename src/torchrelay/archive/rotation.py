@@ -31,7 +31,9 @@ def prepare(folder: Path) -> None:
     keys = ensure_key(folder)
     if not (folder / NEXT).exists():
         make_key(folder / NEXT)
-    write_file(keys.public, public_half(keys.private) + public_half(folder / NEXT))
+    ahead = [public_half(keys.private), public_half(folder / NEXT)]
+    others = [key for key in public_keys(keys.public.read_bytes()) if key not in ahead]
+    write_file(keys.public, b"".join([*ahead, *others]))
 
 
 def switch(folder: Path) -> None:

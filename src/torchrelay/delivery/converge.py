@@ -195,7 +195,8 @@ class Converger:
                     self.teller.registry(state, requested)
                     self.teller.flush()
                 return step
-            log.info("%s: %s", component, step)
+            if not isinstance(step, Admit):  # the gatekeeper says so itself, once
+                log.info("%s: %s", component, step)
             if not self._execute(step, state, requested, reports):
                 return _LOOKING
         raise ServingError(f"{component} took {_MOST_STEPS} steps without an end", "an end", "make status")

@@ -1,16 +1,19 @@
 """A perimeter gets a new signing key while it serves.
 
 The new key is trusted before anything is signed by it, and the old one until nothing that this perimeter may yet serve
-is signed by it: what is live, what it can go back to, and what it has admitted. The lease is held meanwhile, so that
-nothing is admitted or rolled out under a key that is about to go. Cut short anywhere, the perimeter serves as before,
-and the same command goes on where this one ended.
+is signed by it: what is live, what it can go back to, and what it has admitted. The lease is held from the change of
+keys until all that is signed anew: whatever is admitted after that is signed by the new key anyway. Cut short anywhere,
+the perimeter serves as before, and the same command goes on where this one ended.
 """
 
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote
+
+from filelock import FileLock, Timeout
 
 from torchrelay import archive
 from torchrelay.archive import rotation
@@ -20,7 +23,7 @@ from torchrelay.config import Perimeter, Site, settings
 from torchrelay.console import say
 from torchrelay.delivery.admission import Gatekeeper
 from torchrelay.delivery.store import State, Store, store
-from torchrelay.errors import ArchiveError, TorchrelayError, TrackingError
+from torchrelay.errors import ArchiveError, BusyError, TorchrelayError, TrackingError
 from torchrelay.handover import Manifest, WantedVersion
 from torchrelay.lineage import TAG_DIGEST
 from torchrelay.rest import Rest
@@ -34,22 +37,35 @@ def rotate_signing_key(here: Site, name: str, gatekeeper: Gatekeeper, publish: C
 
     `publish` brings the perimeter's signing.pub to its nodes, and returns once they go by it.
     Those can be served here no more: they are none that serve or are kept loaded, for which this raises instead, with
-    both keys trusted still. Raises BusyError while a roll-out is under way, TrackingError without the tracking server.
+    both keys trusted still. Raises BusyError while a roll-out is under way or another rotation runs, TrackingError
+    without the tracking server.
     """
     tracking, folder = Tracking(here.tracking.url), settings().keys / name
     if not tracking.healthy():
         raise TrackingError(
             f"no answer from {tracking.url}", "the tracking server, which holds the archives", "make up"
         )
-    with store(name).lease(_PATIENCE_S):
+    with _alone(folder):
         _trust_both(folder, publish)
-        rotation.switch(folder)
-        say("  the new key signs, both are trusted")
-        lost = _sign_all_anew(here, name, gatekeeper)
+        with store(name).lease(_PATIENCE_S):
+            rotation.switch(folder)
+            say("  the new key signs, both are trusted")
+            lost = _sign_all_anew(here, name, gatekeeper)
         rotation.retire(folder)
         publish()
         say("  the old key is trusted no more")
     return lost
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """One rotation at a time: a second one would take the keys of the first for its own."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        with FileLock(folder / "signing.lock", timeout=0, mode=0o600):
+            yield
+    except Timeout as error:
+        raise BusyError("another rotation of this key runs", "one at a time", "wait for it") from error
 
 
 def _trust_both(folder: Path, publish: Callable[[], object]) -> None:
