@@ -78,7 +78,7 @@ test: .venv/dev.stamp environment ## Run the tests; real servers, on this machin
 check: .venv/dev.stamp requirements/node_modules/.package-lock.json ## Run every linter that CI runs
 	.venv/bin/python .ci/check.py
 
-bench: .venv/run.stamp environment ## Measure against peers, see docs/performance.md [BENCH=serving|redeploy|memory|pipeline|fresh|cli]
+bench: .venv/run.stamp environment ## Measure against peers, see docs/performance.md [BENCH=serving|redeploy|memory|pipeline|fresh|cli|canary|predictions]
 	.venv/bin/python bench/$(or $(BENCH),serving)/run $(ARGS)
 
 lock: .venv/dev.stamp ## Write all locks anew from their .in files [UPGRADE=yes]
