@@ -291,6 +291,19 @@ class Rig:
     def kill_engine(self, node: str) -> None:
         self.kill(f"{node}-{NAME}-")
 
+    @contextmanager
+    def turned(self) -> Iterator[None]:
+        """Meanwhile the models of `later_…` in tests/bad_models are as bad as they can be."""
+        engines = self.state_folder / "perimeters" / "production" / "nodes"
+        signs = [folder / "turned" for folder in engines.glob("*/engines/*")]
+        for sign in signs:
+            sign.touch()
+        try:
+            yield
+        finally:
+            for sign in signs:
+                sign.unlink(missing_ok=True)
+
     def start_tracking(self) -> None:
         if self._server is not None:
             return

@@ -1,4 +1,4 @@
-"""Ends its process six seconds after the first requests, and again whenever it is loaded anew."""
+"""Ends its process once it was told to, and again whenever it is loaded anew."""
 
 import os
 from typing import Any
@@ -8,7 +8,7 @@ from late import Late
 
 
 class Predictor(Late):
-    good_s = 6.0
+    when_told = True
 
     def spoilt(self, batch: torch.Tensor) -> list[dict[str, Any]]:
         os._exit(3)

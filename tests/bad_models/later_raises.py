@@ -1,4 +1,4 @@
-"""Raises on every request six seconds after the first ones: past its time as a shadow."""
+"""Raises on every request once it was told to."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from late import Late
 
 
 class Predictor(Late):
-    good_s = 6.0
+    when_told = True
 
     def spoilt(self, batch: torch.Tensor) -> list[dict[str, Any]]:
         raise RuntimeError("no more")

@@ -1,4 +1,4 @@
-"""Takes 300 ms six seconds after the first requests: past its time as a shadow."""
+"""Takes 300 ms once it was told to."""
 
 import time
 from typing import Any
@@ -8,7 +8,7 @@ from late import Late
 
 
 class Predictor(Late):
-    good_s = 6.0
+    when_told = True
 
     def spoilt(self, batch: torch.Tensor) -> list[dict[str, Any]]:
         time.sleep(0.3)

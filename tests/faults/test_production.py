@@ -411,8 +411,9 @@ def test_a_breach_reverts_while_the_tracking_server_is_away(rig: Rig, live: str)
         rig.promote(version)
         rig.await_stage(version, 1)
         rig.stop_tracking()
-        until(lambda: rig.state.rollout is None, 60)
-        until(lambda: not on_nodes(rig, live), MENDED_S)
+        with rig.turned():
+            until(lambda: rig.state.rollout is None, 60)
+            until(lambda: not rig.amiss(live), MENDED_S)
         reverted = time.time()
         time.sleep(1)
     assert {(one.status, one.version) for one in clients.seen if one.time > reverted} == {(200, live)}
@@ -422,10 +423,6 @@ def test_a_breach_reverts_while_the_tracking_server_is_away(rig: Rig, live: str)
     settled(rig, live)
     rig.await_told(version, "refusal")
     assert "torchrelay.production.refused" in rig.made(version).tags
-
-
-def on_nodes(rig: Rig, version: str) -> str:
-    return rig.amiss(version)
 
 
 @pytest.mark.slow
@@ -493,8 +490,10 @@ def test_torchserve_in_place_of_the_minimal_engine(real: Rig) -> None:
         settled(real, second, 60)
     with real.clients().looping() as clients:
         real.promote(bad)
-        real.await_refused(bad, 120)
-        settled(real, second)
+        real.await_stage(bad, 1, 120)
+        with real.turned():
+            real.await_refused(bad, 120)
+            settled(real, second)
     assert clients.wrong == []
     assert len(clients.failures) < 0.1 * len(clients.seen)
     with unharmed(real):

@@ -1,7 +1,6 @@
 """Predictors that are good wherever they are tried out, and turn bad where they serve."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,19 @@ SERVED = "TORCHRELAY_INSTANCE" in os.environ
 
 
 class Late(Good):
-    """Good for `good_calls` forward passes and for `good_s` seconds after that; then `spoilt` answers."""
+    """Good for the first forward passes; then `spoilt` answers, of some only once the tests say so by a file."""
 
-    good_calls, good_s = 10, 0.0
+    good_calls, when_told = 10, False
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
-        self.calls, self.since = 0, float("inf")
+        self.calls = 0
+        self.sign = Path(os.environ.get("TORCHRELAY_INSTANCE", os.devnull)) / "turned"
 
     def predict(self, batch: torch.Tensor) -> list[dict[str, Any]]:
         """What the good one answers, or `spoilt`."""
         self.calls += 1
-        if self.calls == self.good_calls:
-            self.since = time.monotonic()
-        if SERVED and time.monotonic() > self.since + self.good_s:
+        if SERVED and self.calls > self.good_calls and (not self.when_told or self.sign.exists()):
             return self.spoilt(batch)
         return self.answers(batch)
 
