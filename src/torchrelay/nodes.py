@@ -65,6 +65,8 @@ def start(wait: bool = True) -> None:
         _check_ports(needed_ports(here)[:1])
     alone = (sys.executable, "-m", "torchrelay.serving.alone", *program.command)
     supervisor.ensure(program.model_copy(update={"command": alone}))
+    for name in _left_over(here):
+        supervisor.remove(name)
     for file in _services(here):
         supervisor.ensure(read_json(Program, file, "make up"))
     if wait:
@@ -77,6 +79,15 @@ def _services(here: Site) -> Iterator[Path]:
         yield from (node.folder / "keeper.json" for node in perimeter.nodes)
         if perimeter.orchestrator:
             yield settings().state / "perimeters" / name / "orchestrator.json"
+
+
+def _left_over(here: Site) -> list[str]:
+    """Programs of nodes that this site has no more."""
+    known = {(name, node.name) for name, perimeter in here.perimeters.items() for node in perimeter.nodes}
+    folders = (settings().state / "perimeters").glob("*/nodes/*")
+    gone = [folder.name for folder in folders if (folder.parts[-3], folder.name) not in known]
+    programs = [path.stem for path in (_supervisord_conf().parent / "programs").glob("*.conf")]
+    return [program for program in programs if any(program.startswith(f"{name}-") for name in gone)]
 
 
 def stop() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchrelay.config import Component, Json, Latency, Perimeter, Stage
+from torchrelay.config import Component, GatewayPlace, Json, Latency, Perimeter, Stage
 from torchrelay.config import component as component_settings
 from torchrelay.delivery import reach
 from torchrelay.delivery.canary import Block, Judgement, judge, replay
@@ -21,7 +21,7 @@ from torchrelay.delivery.store import Rollout, State
 from torchrelay.errors import TorchrelayError
 from torchrelay.gate import RolloutSummary, rollout_report
 from torchrelay.handover import HeldVersion, WantedVersion
-from torchrelay.serving import gateway_stats
+from torchrelay.serving import gateway, gateway_stats
 from torchrelay.serving.gateway_stats import BackendCounts, Reading
 from torchrelay.serving.predictions import (
     Comparison,
@@ -38,6 +38,8 @@ TOLERANCE = 0.05
 # A replayed request that takes this many times the latency objective counts as failed.
 _PATIENCE = 20
 _ENOUGH_ERRORS = 20
+_REPLAY_S = 15.0
+_LEFTOVER_S = 5.0
 
 log = logging.getLogger(__name__)
 
@@ -94,6 +96,9 @@ class CanaryEvidence:
             return state
         policy = component_settings(state.component)
         try:
+            if "first" not in rollout.marks and not _begins(rollout, _place(perimeter)):
+                note = "the gateway is about to route by this stage"
+                return state.model_copy(update={"rollout": rollout.model_copy(update={"note": note})})
             rollout = self._counted(state, rollout, perimeter, policy)
         except TorchrelayError as error:
             note = f"the gateway could not be asked: {error.found}"
@@ -126,9 +131,10 @@ class CanaryEvidence:
 
     def _counted(self, state: State, rollout: Rollout, perimeter: Perimeter, policy: Component) -> Rollout:
         """The roll-out with a block of what was counted since the last look, `marks` saying where that was."""
-        node = next(one for one in perimeter.nodes if one.name == perimeter.gateway_node)
-        place = reach.gateway_of(node)
+        place = _place(perimeter)
         reading = gateway_stats.read(place)
+        if "first" not in rollout.marks:
+            rollout = rollout.model_copy(update={"since": time.time()})
         first = Reading.model_validate(rollout.marks["first"]) if "first" in rollout.marks else reading
         since = reading.since(first).versions
         key = (state.component, rollout.wanted.version, rollout.since)
@@ -139,6 +145,7 @@ class CanaryEvidence:
         block = _block({name: max(0, value - before[name]) for name, value in totals.items()}, compared, disagreed)
         return rollout.model_copy(
             update={
+                "since": rollout.since,
                 "marks": {"first": first.model_dump(mode="json"), "totals": totals, "tails": tails},
                 "blocks": (*rollout.blocks, block) if any(block.model_dump().values()) else rollout.blocks,
                 "failed": rollout.failed + block.live_errors + (0 if _stage(policy, rollout).shadow else block.errors),
@@ -177,18 +184,39 @@ class CanaryEvidence:
         )
 
 
+def _place(perimeter: Perimeter) -> GatewayPlace:
+    """The perimeter's gateway."""
+    return reach.gateway_of(next(one for one in perimeter.nodes if one.name == perimeter.gateway_node))
+
+
+def _begins(rollout: Rollout, place: GatewayPlace) -> bool:
+    """Whether the gateway routes by the stage, and copies that a shadow stage left have been answered.
+
+    Before that, what is counted says nothing of this stage. Copies that hang are not waited for.
+    """
+    weight, key = rollout.weights[rollout.stage], (rollout.wanted.component, rollout.wanted.version)
+    share = next((one for one in gateway.shares(place) if (one.component, one.version) == key), None)
+    if share is None or (share.weight, share.mirror) != (weight, weight == 0):
+        return False
+    after_shadow = bool(weight) and rollout.stage > 0 and rollout.weights[rollout.stage - 1] == 0
+    late = time.time() > rollout.since + _LEFTOVER_S
+    return not after_shadow or late or not gateway_stats.in_flight(place).get(key)
+
+
 def replay_on(perimeter: Perimeter, wanted: WantedVersion, policy: Component) -> Replayed:
     """Send the newest logged requests of the perimeter to this version on a node that holds it, and compare.
 
     Nothing is sent, and so nothing compared, where nothing was logged with its inputs. It ends early when so many
-    failed that no more are needed to know.
+    failed that no more are needed to know, and after a quarter of a minute, since nothing else is looked at meanwhile.
     """
     found = Replayed()
     held = _somewhere(perimeter, wanted)
     if held is None:
         return found
-    patience_s = patience(policy)
+    patience_s, end = patience(policy), time.monotonic() + _REPLAY_S
     for request in logged_requests(perimeter, wanted.component, policy.rollout.replay_requests):
+        if time.monotonic() > end:
+            break
         answer = _send(held, wanted, request, patience_s)
         found.milliseconds.append(answer.milliseconds)
         if answer.status >= 500:
