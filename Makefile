@@ -71,9 +71,12 @@ environment: .venv/run.stamp ## Build the environment that a component trains an
 	$(RELAY) build-environment $(COMPONENT_FLAG) --log logs/build_environment.log
 
 ##@ Work on Torchrelay itself
-.PHONY: test check lock schema bench
+.PHONY: test test-faults check lock schema bench
 test: .venv/dev.stamp environment ## Run the tests; real servers, on this machine only [TESTS=tests/unit]
 	.venv/bin/pytest $(TESTS)
+
+test-faults: .venv/dev.stamp environment ## Run every fault, every bad model: about a quarter of an hour
+	.venv/bin/pytest tests/faults -m ''
 
 check: .venv/dev.stamp requirements/node_modules/.package-lock.json ## Run every linter that CI runs
 	.venv/bin/python .ci/check.py

@@ -80,7 +80,7 @@ WEIGHTS: dict[str, Matrix] = {
 
 def bad_models() -> list[Any]:
     names = [*STOPPED_AT, *WEIGHTS]
-    slow = [pytest.mark.slow]
+    slow = [pytest.mark.whole]
     return [pytest.param(name, marks=[] if name in EVERY_TIME else slow) for name in names]
 
 
@@ -142,7 +142,7 @@ GOOD = {"a bit off": noisy(0.01), "less sure": scaled(0.5), "surer": scaled(3.0)
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if number else []) for number, name in enumerate(GOOD)]
+    "name", [pytest.param(name, marks=[pytest.mark.whole] if number else []) for number, name in enumerate(GOOD)]
 )
 def test_a_good_model_is_not_refused(name: str, rig: Rig, live: str) -> None:
     """Slow are all but one, for the same reason as with the bad ones."""
@@ -156,7 +156,7 @@ def test_a_good_model_is_not_refused(name: str, rig: Rig, live: str) -> None:
     assert set(clients.by_version) == {live, version}
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_after_thirty_bad_models_in_a_row_a_good_one_goes_live(rig: Rig, live: str) -> None:
     """Over a minute, though most are turned down at a glance, since all that is new here is their number."""
     began = len(rig.ledger())

@@ -98,7 +98,7 @@ def test_the_alias_is_moved_while_a_version_rolls_out(rig: Rig, live: str) -> No
     assert rig.told(first) == []
 
 
-@pytest.mark.parametrize("what", ["alias", pytest.param("version", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("what", ["alias", pytest.param("version", marks=pytest.mark.whole)])
 def test_the_request_is_taken_away_while_a_version_rolls_out(what: str, rig: Rig, live: str) -> None:
     """Slow is what is much like the other one: all of them take minutes together."""
     version = rig.version(scaled(1.2))
@@ -272,7 +272,7 @@ def with_patience(do: Callable[[], None]) -> None:
             time.sleep(0.2)
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_the_orchestrator_is_killed_whenever(rig: Rig, live: str) -> None:
     """Two minutes: five roll-outs, with a kill every few seconds."""
     chance = random.Random(1)
@@ -288,7 +288,7 @@ def test_the_orchestrator_is_killed_whenever(rig: Rig, live: str) -> None:
             rig.await_told(version, "rollout")
 
 
-@pytest.mark.parametrize("really", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["expired", "30 s"])
+@pytest.mark.parametrize("really", [False, pytest.param(True, marks=pytest.mark.whole)], ids=["expired", "30 s"])
 def test_an_orchestrator_that_stood_still_has_lost_its_say(really: bool, rig: Rig, live: str) -> None:
     """The slow one waits until the lease is over, which takes half a minute; the other one shortens it."""
     version = rig.version(scaled(1.2))
@@ -356,7 +356,7 @@ def test_both_engines_are_killed(rig: Rig, live: str) -> None:
     assert {one.status for one in clients.failures} <= {0, 404, 500, 503, 504}
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_the_keepers_are_killed(rig: Rig, live: str) -> None:
     """Not in itself: all the kills take minutes together, and this one can do the least harm."""
     version = rig.version(scaled(1.2))
@@ -431,7 +431,7 @@ def test_a_breach_reverts_while_the_tracking_server_is_away(rig: Rig, live: str)
     assert "torchrelay.production.refused" in rig.made(version).tags
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_a_roll_out_waits_for_the_tracking_server_and_goes_on(rig: Rig, live: str) -> None:
     """The server takes half a minute to come up again."""
     version = rig.version(scaled(1.2))
@@ -482,7 +482,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, component_python: str) -> Ite
         yield made
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 def test_torchserve_in_place_of_the_minimal_engine(real: Rig) -> None:
     """Two minutes: TorchServe takes seconds to load a version. A promotion, a breach, a dead engine and a rollback."""
     first, second = real.version(scaled(1.0)), real.version(scaled(1.2))
