@@ -1,14 +1,17 @@
 """What a stage is judged on: requests that hang are counted before they end, and never twice."""
 
+import time
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrelay.config import Latency
+from torchrelay.config import GatewayPlace, Latency
 from torchrelay.delivery import evidence
-from torchrelay.delivery.evidence import Overdue, _block, _totals
+from torchrelay.delivery.evidence import Overdue, _begins, _block, _totals
 from torchrelay.delivery.store import Rollout, State
-from torchrelay.handover import WantedVersion
+from torchrelay.handover import RouteShare, WantedVersion
 from torchrelay.serving.gateway_stats import BackendCounts, Bucket
 
 KEY = ("tiny", "2")
@@ -90,3 +93,38 @@ def test_a_block_is_always_one_that_can_be(counted: dict[str, int]) -> None:
     block = _block(counted, compared=3, disagreed=1)
     assert block.errors <= block.requests
     assert block.live_slow <= block.live_requests
+
+
+def share(weight: int, mirror: bool = False) -> RouteShare:
+    return RouteShare(component="tiny", version="2", digest="d", weight=weight, mirror=mirror)
+
+
+PLACE = GatewayPlace(folder=Path("/nowhere"), port=1, admin_port=2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "routed", "in_flight", "begins"),
+    [
+        (0, None, 0, False),
+        (0, share(0, mirror=True), 0, True),
+        (0, share(5), 0, False),
+        (1, share(0, mirror=True), 0, False),
+        (1, share(5), 3, False),
+        (1, share(5), 0, True),
+        (2, share(25), 9, True),
+    ],
+)
+def test_a_stage_begins_when_it_is_routed_and_the_copies_of_the_one_before_are_answered(
+    stage: int, routed: RouteShare | None, in_flight: int, begins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evidence.gateway, "shares", lambda _: (routed,) if routed else ())
+    monkeypatch.setattr(evidence.gateway_stats, "in_flight", lambda _: {KEY: in_flight})
+    rollout = ROLLOUT.model_copy(update={"stage": stage, "since": time.time(), "weights": (0, 5, 25)})
+    assert _begins(rollout, PLACE) is begins
+
+
+def test_copies_that_hang_do_not_keep_a_stage_from_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evidence.gateway, "shares", lambda _: (share(5),))
+    monkeypatch.setattr(evidence.gateway_stats, "in_flight", lambda _: {KEY: 3})
+    rollout = ROLLOUT.model_copy(update={"stage": 1, "since": time.time() - 60})
+    assert _begins(rollout, PLACE)
