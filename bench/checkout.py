@@ -17,7 +17,7 @@ import yaml
 from torchrelay.config import Json, read_yaml, root, settings
 from torchrelay.errors import ServingError
 
-_PORTS = 60
+_PORTS = 100
 
 
 @dataclass(frozen=True)
