@@ -81,7 +81,7 @@ test-faults: .venv/dev.stamp environment ## Run every fault, every bad model: ab
 check: .venv/dev.stamp requirements/node_modules/.package-lock.json ## Run every linter that CI runs
 	.venv/bin/python .ci/check.py
 
-bench: .venv/run.stamp environment ## Measure against peers, see docs/performance.md [BENCH=serving|redeploy|memory|pipeline|fresh|cli|canary|predictions]
+bench: .venv/run.stamp environment ## Measure against peers, see docs/performance.md [BENCH=serving|redeploy|memory|pipeline|fresh|cli|canary|predictions|rollout]
 	.venv/bin/python bench/$(or $(BENCH),serving)/run $(ARGS)
 
 lock: .venv/dev.stamp ## Write all locks anew from their .in files [UPGRADE=yes]

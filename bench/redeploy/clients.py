@@ -1,4 +1,5 @@
-"""Looping clients: each keeps one connection and sends its next request as soon as the last one is answered.
+"""Looping clients: each sends its next request as soon as the last one is answered, over the connection that it keeps,
+or, where that is asked for, over a fresh one.
 
 They run in processes of their own, a few threads in each, so that the clients are not what limits the rate.
 A request counts as failed when its connection breaks, its status is not 200, or its answer is not a prediction.
@@ -39,15 +40,15 @@ class Seen:
 
 
 class Clients:
-    """So many clients, started at once and stopped together."""
+    """So many clients, started at once and stopped together; every `fresh`-th one never keeps a connection."""
 
-    def __init__(self, url: str, body: bytes, count: int, processes: int = 4) -> None:
+    def __init__(self, url: str, body: bytes, count: int, processes: int = 4, fresh: int = 0) -> None:
         context = multiprocessing.get_context("fork")
         self._stop: Event = context.Event()
         self._found: Queue[Seen] = context.Queue()
         shares = [len(range(index, count, processes)) for index in range(min(processes, count))]
         self._children = [
-            context.Process(target=_process, args=(url, body, share, self._stop, self._found), daemon=True)
+            context.Process(target=_process, args=(url, body, share, fresh, self._stop, self._found), daemon=True)
             for share in shares
         ]
         for child in self._children:
@@ -64,9 +65,14 @@ class Clients:
         return total
 
 
-def _process(url: str, body: bytes, count: int, stop: Event, found: "Queue[Seen]") -> None:
+def _process(  # noqa: PLR0917 - what a process is given
+    url: str, body: bytes, count: int, fresh: int, stop: Event, found: "Queue[Seen]"
+) -> None:
     seen = [Seen() for _ in range(count)]
-    threads = [threading.Thread(target=_loop, args=(url, body, stop, one)) for one in seen]
+    threads = [
+        threading.Thread(target=_loop, args=(url, body, stop, one, bool(fresh) and number % fresh == 0))
+        for number, one in enumerate(seen)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -77,7 +83,7 @@ def _process(url: str, body: bytes, count: int, stop: Event, found: "Queue[Seen]
     found.put(total)
 
 
-def _loop(url: str, body: bytes, stop: Event, seen: Seen) -> None:
+def _loop(url: str, body: bytes, stop: Event, seen: Seen, fresh: bool) -> None:
     where = urlsplit(url)
     connection = http.client.HTTPConnection(where.hostname or "", where.port, timeout=_TIMEOUT_S)
     while not stop.is_set():
@@ -88,6 +94,7 @@ def _loop(url: str, body: bytes, stop: Event, seen: Seen) -> None:
         if reason:
             seen.failures += 1
             seen.reasons.append(reason)
+        if reason or fresh:
             connection.close()
     connection.close()
 
