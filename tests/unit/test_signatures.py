@@ -200,8 +200,9 @@ def test_a_signature_that_cannot_be_read_is_a_finding(broken):
 @pytest.mark.filterwarnings("ignore")
 def test_signatures_as_mlflow_itself_writes_them():
     """What MLflow's own `to_dict` gives of the types that exist is read without a finding against itself."""
-    models, types = pytest.importorskip("mlflow.models"), pytest.importorskip("mlflow.types")
-    schema = pytest.importorskip("mlflow.types.schema")
+    from mlflow import models, types
+    from mlflow.types import schema
+
     kinds = [
         schema.Array(types.DataType.double),
         schema.Map(types.DataType.string),
