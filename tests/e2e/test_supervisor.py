@@ -2,7 +2,9 @@
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -160,6 +162,28 @@ def test_shutdown_after_a_kill_of_supervisord_ends_the_orphans(supervisor: Super
     assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in orphans)
     assert processes_of(wanted) == []
     shutdown(conf)
+
+
+def test_shutdown_ends_although_somebody_keeps_starting_a_program(supervisor: Supervisor, conf: Path) -> None:
+    """As a keeper does that was about to mend when everything was told to stop."""
+    wanted = program(conf.parent)
+    supervisor.ensure(wanted)
+    over = threading.Event()
+
+    def keep() -> None:
+        while not over.is_set():
+            with suppress(ServingError):
+                supervisor.ensure(wanted)
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    stopping = threading.Thread(target=shutdown, args=(conf,), daemon=True)
+    stopping.start()
+    stopping.join(20)
+    over.set()
+    assert not stopping.is_alive()
+    keeper.join(20)
+    assert processes_of(wanted) == []
 
 
 def test_nobody_there_is_said(tmp_path: Path) -> None:

@@ -104,7 +104,9 @@ class Supervisor:
         """Stop every program, then supervisord, and see to it that no process of theirs is left."""
         if self.answers():
             pid = self._call("getPID")
-            self._call("stopAllProcesses")
+            # Not waited for: a keeper that is still there could start a program again, and the wait would never end.
+            # From `shutdown` on supervisord starts nothing.
+            self._call("stopAllProcesses", False)
             self._call("shutdown")
             _wait(lambda: not _is_supervisord(pid), _STOP_S, f"supervisord (pid {pid}) did not stop")
         end_strays(self.socket)
