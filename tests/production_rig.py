@@ -50,6 +50,7 @@ NODES = ("production-1", "production-2")
 GATEWAY = "production-gateway"
 ORCHESTRATOR = "production-orchestrator"
 SERVING = {"workers": 1, "batch_size": 8, "response_timeout_s": 2}
+_WEBHOOKS = {"MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https", "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true"}
 _MLFLOW = Path(sys.executable).with_name("mlflow")
 
 Matrix = Sequence[Sequence[float]]
@@ -177,10 +178,16 @@ class Clients:
 
 
 class Rig:
-    """The whole of it; see the module. `python` is the interpreter of a built component environment."""
+    """The whole of it; see the module. `python` is the interpreter of a built component environment.
 
-    def __init__(self, folder: Path, python: str, engine: str = TINY) -> None:
-        self.folder, self.engine = folder, engine
+    With `webhooks` the tracking server wakes the orchestrator, which polls every `poll_s` seconds.
+    """
+
+    def __init__(
+        self, folder: Path, python: str, engine: str = TINY, *, poll_s: float = 1, webhooks: bool = False
+    ) -> None:
+        self.folder, self.engine, self.poll_s = folder, engine, poll_s
+        self.webhooks = dict(_WEBHOOKS, MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY=_fernet_key()) if webhooks else {}
         self.checkout, self.state_folder, self.keys = folder / "checkout", folder / "state", folder / "keys"
         self.environment = Path(python).parents[1].name
         self.base = free_port_base()
@@ -304,6 +311,10 @@ class Rig:
             for sign in signs:
                 sign.unlink(missing_ok=True)
 
+    @property
+    def tracking_runs(self) -> bool:
+        return self._server is not None
+
     def start_tracking(self) -> None:
         if self._server is not None:
             return
@@ -312,12 +323,19 @@ class Rig:
         host, port = self.url.removeprefix("http://").split(":")
         command = [str(_MLFLOW), "server", "--host", host, "--port", port, "--workers", "1", *where]
         clean = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-        clean |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+        clean |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true", **self.webhooks}
         with self.log("tracking").open("ab") as log:
             self._server = subprocess.Popen(
                 command, cwd=self.folder, env=clean, stdout=log, stderr=log, start_new_session=True
             )
         until(self.tracking.healthy, 120)
+
+    def pause_tracking(self, seconds: float) -> None:
+        """It takes what is sent, and answers nothing for so long."""
+        assert self._server is not None
+        os.killpg(self._server.pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.killpg(self._server.pid, signal.SIGCONT)
 
     def stop_tracking(self) -> None:
         if self._server is None:
@@ -551,7 +569,7 @@ class Rig:
             keeps_last=True,
             warm=1,
             orchestrator=f"http://127.0.0.1:{self.base + 52}",
-            poll_s=1,
+            poll_s=self.poll_s,
             admits=self.signers["dev"].public,
         )
         for number, node in enumerate(nodes):
@@ -607,10 +625,16 @@ def _safetensors(weights: Matrix) -> bytes:
     return struct.pack("<Q", len(header)) + header + struct.pack("<16f", *[value for row in weights for value in row])
 
 
+def _fernet_key() -> str:
+    from cryptography.fernet import Fernet
+
+    return Fernet.generate_key().decode()
+
+
 @contextmanager
-def production(folder: Path, python: str, engine: str = TINY) -> Iterator[Rig]:
+def production(folder: Path, python: str, engine: str = TINY, **others: Any) -> Iterator[Rig]:
     """A running production without any version. Keep `folder` short: a socket's path has at most 107 characters."""
-    rig = Rig(folder, python, engine)
+    rig = Rig(folder, python, engine, **others)
     try:
         rig.up()
         yield rig

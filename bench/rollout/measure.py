@@ -3,9 +3,12 @@
     make environment && .venv/bin/python bench/rollout/run
 
 Works on a copy of this checkout with ports, keys and a registry of its own, so nothing that serves is touched. It
-trains two versions (on few samples: how good they are does not matter here), brings both into production, and then
-promotes and rolls back in turn: one stage of a second at 25 %, then all requests. Half of the clients keep their
-connection.
+trains as many versions as it promotes (on few samples: how good they are does not matter here, but one that has
+served before would skip the stages), and then promotes and rolls back in turn: gate, proof, one stage of a second at
+25 %, then all requests. Half of the clients keep their connection.
+
+Then the latency of an open load, a quarter of what production can answer: new versions roll out one after the other
+(mirrored, 5 %, 25 %, all), and the 99th percentile while they do is set against that of the stretches between.
 """
 
 import argparse
@@ -21,7 +24,8 @@ from typing import Any
 
 import report
 from checkout import Checkout, copy_checkout
-from redeploy.clients import Clients, Seen
+from redeploy.clients import Clients
+from rollout.openload import OpenLoad, p99_ms
 from torchrelay.config import site
 from torchrelay.console import show_error
 from torchrelay.errors import TorchrelayError
@@ -31,9 +35,18 @@ from torchrelay.serving.apply import node_config
 
 BAR_REQUESTS = 100_000
 BAR_ROLLBACK_S = 5.0
+BAR_P99 = 1.5
 PERIMETER = "production"
 STAGES = [{"weight": 25, "bake_s": 1, "min_requests": 0}]
+OPEN_STAGES = [{"weight": weight, "bake_s": 5, "min_requests": 20} for weight in (0, 5, 25)]
 _SAMPLES = 1500
+_STEADY_S = 20
+_CAPACITY_S = 8
+_POLICY = {
+    "metric": {"floor": 0.0, "allowed_regression": 1.0, "allowed_slice_regression": None},
+    "latency": {"p99_ms": 10_000},
+    "serving": {"workers": 1},
+}
 
 
 def main() -> None:
@@ -54,7 +67,7 @@ def main() -> None:
         if not given.keep:
             shutil.rmtree(folder)
     report.save(results, content, text)
-    sys.exit(1 if content["seen"]["failures"] else 0)
+    sys.exit(1 if content["looping"]["seen"]["failures"] else 0)
 
 
 def arguments() -> argparse.Namespace:
@@ -63,6 +76,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--component", default="fashion_mnist", help="which component (default: fashion_mnist)")
     parser.add_argument("--rounds", type=int, default=50, help="promotions, each rolled back (default: 50)")
     parser.add_argument("--clients", type=int, default=50, help="looping clients (default: 50)")
+    parser.add_argument("--open", type=int, default=5, help="roll-outs under an open load (default: 5)")
     parser.add_argument("--quiet", type=float, default=0.6, help="load to wait for before measuring (default: 0.6)")
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for it at most (default: 0)")
     parser.add_argument("--folder", type=Path, help="where to lay the copy out (default: /tmp)")
@@ -72,49 +86,90 @@ def arguments() -> argparse.Namespace:
 
 def measure(given: argparse.Namespace, copy: Checkout) -> tuple[dict[str, Any], str]:
     """Train, promote and roll back; the result as JSON and as text."""
-    body, newest = train(copy, given.component)
+    copy.limit_data(given.component, _SAMPLES)
+    commit(copy)
+    versions = train(copy, given.component, range(1, given.rounds + 2), STAGES)
+    copy.relay("promote", "--component", given.component, "--version", versions[0])
+    url = f"{site().perimeters[PERIMETER].gateway}/predictions/{given.component}"
+    body = request(copy, given.component)
     report.await_quiet(given.quiet, given.patience)
     machine = report.machine()
+    looping = under_clients(copy, url, body, versions[1:], given.clients)
+    versions = train(copy, given.component, range(given.rounds + 2, given.rounds + 2 + given.open), OPEN_STAGES)
+    opened = under_open_load(copy, url, body, versions) if versions else None
+    machine["load_after"] = round(report.load(), 2)
+    content = {"machine": machine, "clients": given.clients, "looping": looping, "open": opened}
+    return content, text_of(content)
+
+
+def under_clients(copy: Checkout, url: str, body: bytes, versions: list[str], count: int) -> dict[str, Any]:
+    """Promotions and rollbacks in turn, while clients loop."""
     perimeter = site().perimeters[PERIMETER]
     place = next(found for node in perimeter.nodes if (found := node_config(node.folder).gateway))
     before = gateway.retries(place)
-    clients = Clients(f"{perimeter.gateway}/predictions/{given.component}", body, given.clients, fresh=2)
+    clients = Clients(url, body, count, fresh=2)
     try:
-        times = [one_round(copy, newest, number) for number in range(1, given.rounds + 1)]
+        times = [one_round(copy, version) for version in versions]
     finally:
         seen = clients.stop()
-    machine["load_after"] = round(report.load(), 2)
-    content = {
-        "machine": machine,
-        "clients": given.clients,
+    return {
         "seen": vars(seen) | {"versions": dict(seen.versions)},
         "retries": gateway.retries(place) - before,
         "promotions_s": [one for one, _ in times],
         "rollbacks_s": [other for _, other in times],
     }
-    return content, text_of(content, seen)
 
 
-def train(copy: Checkout, component: str) -> tuple[bytes, str]:
-    """Two versions by `deploy-dev`, both of which have served in production; the request, and the newer version."""
-    copy.limit_data(component, _SAMPLES)
-    policy = {
-        "metric": {"floor": 0.0, "allowed_regression": 1.0, "allowed_slice_regression": None},
-        "latency": {"p99_ms": 10_000},
-        "serving": {"workers": 1},
-        "rollout": {"stages": STAGES, "max_disagreement": 1.0},
+def under_open_load(copy: Checkout, url: str, body: bytes, versions: list[str]) -> dict[str, Any]:
+    """Roll-outs of new versions under a quarter of what production can answer; the latencies, and of what rate."""
+    began, clients = time.monotonic(), Clients(url, body, 32)
+    time.sleep(_CAPACITY_S)
+    capacity = clients.stop().requests / (time.monotonic() - began)
+    time.sleep(_STEADY_S / 4)
+    load, stretches = OpenLoad(url, body, capacity / 4), []
+    try:
+        for version in versions:
+            begin = time.monotonic()
+            time.sleep(_STEADY_S)
+            middle = time.monotonic()
+            copy.relay("promote", "--version", version, quiet=True)
+            stretches.append((begin, middle, time.monotonic()))
+            report.say(f"version {version} rolled out in {time.monotonic() - middle:.1f} s")
+    finally:
+        answers = load.stop()
+    return {
+        "capacity": capacity,
+        "rate": capacity / 4,
+        "requests": len(answers),
+        "reasons": [one.reason for one in answers if one.reason],
+        "steady_p99_ms": [p99_ms([one for one in answers if a <= one.due < b]) for a, b, _ in stretches],
+        "rollout_p99_ms": [p99_ms([one for one in answers if b <= one.due < c]) for _, b, c in stretches],
+        "rollout_s": [c - b for _, b, c in stretches],
     }
-    commit(copy)
-    for seed in (1, 2):
-        report.say(f"training version {seed} of 2")
-        copy.override(component, {**policy, "training": {"parameters": {"epochs": 1, "seed": seed}}})
-        copy.relay("deploy-dev", "--component", component)
-        copy.relay("promote", "--component", component)
-    copy.relay("rollback", "--component", component)
-    results = copy.folder / "results" / component
-    golden = json.loads((results / "train" / "golden.json").read_bytes())
-    record = ArchiveRecord.model_validate_json((results / "archive.json").read_bytes())
-    return json.dumps({"instances": golden["instances"][:1]}, separators=(",", ":")).encode(), record.version
+
+
+def train(copy: Checkout, component: str, seeds: range, stages: list[dict[str, int]]) -> list[str]:
+    """Versions that dev has served and production has never seen."""
+    found = []
+    for seed in seeds:
+        report.say(f"training version {seed} ({seeds[0]} to {seeds[-1]})")
+        found.append(train_one(copy, component, seed, stages).version)
+    return found
+
+
+def request(copy: Checkout, component: str) -> bytes:
+    """What every client sends."""
+    golden = json.loads((copy.folder / "results" / component / "train" / "golden.json").read_bytes())
+    return json.dumps({"instances": golden["instances"][:1]}, separators=(",", ":")).encode()
+
+
+def train_one(copy: Checkout, component: str, seed: int, stages: list[dict[str, int]]) -> ArchiveRecord:
+    """A version that dev serves."""
+    rollout = {"stages": stages, "max_disagreement": 1.0}
+    copy.override(component, {**_POLICY, "rollout": rollout, "training": {"parameters": {"epochs": 1, "seed": seed}}})
+    copy.relay("deploy-dev", "--component", component)
+    record = (copy.folder / "results" / component / "archive.json").read_bytes()
+    return ArchiveRecord.model_validate_json(record)
 
 
 def commit(copy: Checkout) -> None:
@@ -124,11 +179,11 @@ def commit(copy: Checkout) -> None:
         subprocess.run(["git", *words], cwd=copy.folder, check=True)
 
 
-def one_round(copy: Checkout, newest: str, number: int) -> tuple[float, float]:
+def one_round(copy: Checkout, version: str) -> tuple[float, float]:
     """Seconds that a promotion and a rollback took, from the command to its end."""
-    promoted = timed(copy, "promote", "--version", newest)
+    promoted = timed(copy, "promote", "--version", version)
     back = timed(copy, "rollback")
-    report.say(f"round {number:>2}: promoted in {promoted:.1f} s, back in {back:.1f} s")
+    report.say(f"version {version}: promoted in {promoted:.1f} s, back in {back:.1f} s")
     return promoted, back
 
 
@@ -139,35 +194,50 @@ def timed(copy: Checkout, *words: str) -> float:
     return time.perf_counter() - began
 
 
-def text_of(content: dict[str, Any], seen: Seen) -> str:
+def text_of(content: dict[str, Any]) -> str:
     """The result for people."""
     machine = content["machine"]
-    versions = ", ".join(f"{name}: {count:,}" for name, count in sorted(seen.versions.items()))
-    worst = max(content["rollbacks_s"])
-    rows: list[list[object]] = [
-        ["promotions and rollbacks", len(content["promotions_s"]), "50"],
-        [
-            "requests",
-            f"{seen.requests:,}",
-            f"at least {BAR_REQUESTS:,}, {report.verdict(seen.requests >= BAR_REQUESTS)}",
-        ],
-        ["failed requests", seen.failures, f"0, {report.verdict(not seen.failures)}"],
-        ["retries by the gateway", content["retries"], ""],
-        ["slowest answer, ms", f"{seen.worst_s * 1000:.0f}", ""],
-        ["answers by version", versions, ""],
-        ["promotion, from command to done, s", spread(content["promotions_s"]), ""],
-        [
-            "rollback, from command to done, s",
-            spread(content["rollbacks_s"]),
-            f"at most {BAR_ROLLBACK_S:.0f}, {report.verdict(worst <= BAR_ROLLBACK_S)}",
-        ],
-    ]
     head = (
         f"{content['clients']} looping clients, half of them with a fresh connection each time. {machine['cpu']}, "
         f"{machine['cores']} cores, load {machine['load_before']} before and {machine['load_after']} after."
     )
-    table = report.table(["promotions and rollbacks under load, median (worst)", "", "bar"], rows)
-    return "\n\n".join([head, table, *(f"- {reason}" for reason in seen.reasons)])
+    reasons = [*content["looping"]["seen"]["reasons"], *(content["open"] or {}).get("reasons", ())[:5]]
+    parts = [head, looping_table(content["looping"]), *(f"- {reason}" for reason in reasons)]
+    return "\n\n".join([*parts, *([open_table(content["open"])] if content["open"] else [])])
+
+
+def looping_table(looping: dict[str, Any]) -> str:
+    """What the looping clients saw."""
+    seen = looping["seen"]
+    versions = ", ".join(f"{name}: {count:,}" for name, count in sorted(seen["versions"].items()))
+    many = report.verdict(seen["requests"] >= BAR_REQUESTS)
+    fast = report.verdict(max(looping["rollbacks_s"]) <= BAR_ROLLBACK_S)
+    rows: list[list[object]] = [
+        ["promotions and rollbacks", len(looping["promotions_s"]), "50"],
+        ["requests", f"{seen['requests']:,}", f"at least {BAR_REQUESTS:,}, {many}"],
+        ["failed requests", seen["failures"], f"0, {report.verdict(not seen['failures'])}"],
+        ["retries by the gateway", looping["retries"], ""],
+        ["slowest answer, ms", f"{seen['worst_s'] * 1000:.0f}", ""],
+        ["answers by version", versions, ""],
+        ["promotion, from command to done, s", spread(looping["promotions_s"]), ""],
+        ["rollback, from command to done, s", spread(looping["rollbacks_s"]), f"at most {BAR_ROLLBACK_S:.0f}, {fast}"],
+    ]
+    return report.table(["promotions and rollbacks under load, median (worst)", "", "bar"], rows)
+
+
+def open_table(opened: dict[str, Any]) -> str:
+    """Latency while versions roll out, and between."""
+    steady, rolling = opened["steady_p99_ms"], opened["rollout_p99_ms"]
+    ratio = statistics.median(b / a for a, b in zip(steady, rolling, strict=True))
+    rows: list[list[object]] = [
+        ["requests/s (of what production can answer)", f"{opened['rate']:.0f} ({opened['capacity']:.0f})", "a quarter"],
+        ["requests, of them failed", f"{opened['requests']:,}, {len(opened['reasons'])}", "none"],
+        ["roll-outs, and their length, s", f"{len(rolling)}, {spread(opened['rollout_s'])}", ""],
+        ["p99 between, ms", ", ".join(f"{one:.1f}" for one in steady), ""],
+        ["p99 in roll-outs, ms", ", ".join(f"{one:.1f}" for one in rolling), ""],
+        ["the one ÷ the other, median", f"{ratio:.2f}", f"at most {BAR_P99}, {report.verdict(ratio <= BAR_P99)}"],
+    ]
+    return report.table(["open load", "", "bar"], rows)
 
 
 def spread(seconds: list[float]) -> str:
