@@ -71,7 +71,7 @@ environment: .venv/run.stamp ## Build the environment that a component trains an
 	$(RELAY) build-environment $(COMPONENT_FLAG) --log logs/build_environment.log
 
 ##@ Work on Torchrelay itself
-.PHONY: test test-faults check lock schema bench
+.PHONY: test test-faults check lock schema bench bench-rollout
 test: .venv/dev.stamp environment ## Run the tests; real servers, on this machine only [TESTS=tests/unit]
 	.venv/bin/pytest $(TESTS)
 
@@ -81,8 +81,12 @@ test-faults: .venv/dev.stamp environment ## Run every fault, every bad model: ab
 check: .venv/dev.stamp requirements/node_modules/.package-lock.json ## Run every linter that CI runs
 	.venv/bin/python .ci/check.py
 
-bench: .venv/run.stamp environment ## Measure against peers, see docs/performance.md [BENCH=serving|redeploy|memory|pipeline|fresh|cli|canary|predictions|rollout]
+bench: .venv/run.stamp environment ## Measure against peers, see docs/performance.md [BENCH=serving|redeploy|memory|pipeline|fresh|cli|canary|predictions|rollout|recovery]
 	.venv/bin/python bench/$(or $(BENCH),serving)/run $(ARGS)
+
+bench-rollout: .venv/run.stamp environment ## Measure roll-outs under load, recovery from faults, bad and good models: an hour
+	.venv/bin/python bench/rollout/run $(ARGS)
+	.venv/bin/python bench/recovery/run
 
 lock: .venv/dev.stamp ## Write all locks anew from their .in files [UPGRADE=yes]
 	requirements/lock $(if $(UPGRADE),--upgrade)

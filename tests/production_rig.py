@@ -32,7 +32,7 @@ import urllib3
 from conftest import ROOT, free_port_base
 from engines.supervised import until, write_conf
 from torchrelay import archive, lineage
-from torchrelay.config import GatewayPlace, Node, NodeConfig, Perimeter, Site, TrackingServer, write_json
+from torchrelay.config import GatewayPlace, Node, NodeConfig, Perimeter, Site, TrackingServer, write_file, write_json
 from torchrelay.delivery import reach
 from torchrelay.delivery.store import Admission, State, Store
 from torchrelay.errors import TorchrelayError
@@ -397,6 +397,16 @@ class Rig:
         found = self.tracking.version(NAME, version)
         assert found is not None
         return found
+
+    @contextmanager
+    def serving(self, **settings: object) -> Iterator[None]:
+        """Meanwhile the component has these serving settings as well; versions that served keep theirs."""
+        file = self.checkout / "config" / "local.yaml"
+        write_file(file, json.dumps({"components": {NAME: {"serving": settings}}}).encode())
+        try:
+            yield
+        finally:
+            file.unlink()
 
     # Asking and waiting
 

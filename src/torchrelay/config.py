@@ -71,6 +71,9 @@ class Serving(Frozen):
     max_requests_per_s: int | None = Field(
         None, ge=1, description="More requests a second than this get a 429, at once; null: no limit."
     )
+    max_memory_mb: int = Field(
+        4096, ge=256, description="A worker that has grown beyond this ends, and another one starts: against leaks."
+    )
 
 
 class Latency(Frozen):

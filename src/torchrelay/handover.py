@@ -128,6 +128,7 @@ class WantedVersion(Frozen):
     response_timeout_s: int
     max_body_bytes: int
     max_requests_per_s: int | None = None
+    max_memory_mb: int = 4096
     keep_inputs: bool = False
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 _LOAD_S = 20
-_MOST_BYTES = 8 * 2**30  # of address space, of which torch takes a part
+_MOST_BYTES = 4 * 2**30  # of address space, of which torch takes a part
 _PR_SET_PDEATHSIG = 1
 _FORKS = multiprocessing.get_context("forkserver")
 

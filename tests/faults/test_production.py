@@ -509,6 +509,21 @@ def test_torchserve_in_place_of_the_minimal_engine(real: Rig) -> None:
     assert mended(real, second)
 
 
+@pytest.mark.whole
+def test_a_model_that_leaks_does_not_take_torchserves_machine(real: Rig) -> None:
+    """A minute: its workers outgrow their limit, end and start again, until the roll-out is over for that."""
+    first = real.version(scaled(1.0))
+    real.promote(first)
+    settled(real, first, 120)
+    with unharmed(real), real.serving(max_memory_mb=700):
+        leaking = real.version(handler=BAD_MODELS / "served_leaks.py")
+        real.promote(leaking)
+        real.await_refused(leaking, 120)
+        settled(real, first)
+    logs = [path.read_text() for path in (real.state_folder / "logs").glob(f"{NODES[0]}-points-*.log")]
+    assert any("this worker has grown beyond serving.max_memory_mb, 700 MB" in log for log in logs)
+
+
 def test_the_rig_can_tell_good_from_bad(rig: Rig, live: str) -> None:
     """What every other test relies on: a version that is not everywhere is amiss, and wrong answers are seen."""
     assert rig.amiss(live) == ""

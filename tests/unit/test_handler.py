@@ -4,9 +4,12 @@ import base64
 import hashlib
 import json
 import math
+import os
+import re
 import signal
 import statistics
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,7 +26,7 @@ from torchrelay.serving.predictions import Prediction, Skipped, read, replayable
 
 DRIVER = Path(__file__).with_name("handler_driver.py")
 DIGEST = "d" * 64
-ENCODE_BUG, PREDICT_BUG, NOT_JSON, IN_PLACE = 1001.0, 1002.0, 1003.0, 1004.0
+ENCODE_BUG, PREDICT_BUG, NOT_JSON, IN_PLACE, LEAK = 1001.0, 1002.0, 1003.0, 1004.0, 1005.0
 
 Batch = list[dict[str, Any]]
 Ask = Callable[..., Batch]
@@ -432,3 +435,46 @@ def test_a_full_queue_drops_and_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     assert written[-1] == "next"
     assert 4096 <= len(written) <= 4096 + 257  # what the writer had in hand when the disk stopped, and the last
     assert sum(line.get("dropped", 0) for line in lines) == 10_002 - len(written)
+
+
+def test_a_worker_that_has_grown_too_large_answers_and_ends(
+    unpacked: Path, component_python: str, tmp_path: Path
+) -> None:
+    """Whoever keeps workers up starts another one; the answer is out, and its line is on the disk."""
+    limit = {"TORCHRELAY_MEMORY_MB": "900", "TORCHRELAY_PREDICTIONS": str(tmp_path)}
+    with working(unpacked, component_python, **limit) as (ask, worker):
+        for _ in range(3):
+            assert ask(post({"instances": [[1, 2, 3]]}))[0]["status"] == 200
+        time.sleep(0.2)
+        assert worker.poll() is None
+        assert ask(post({"instances": [[LEAK, 2, 3]]}))[0]["status"] == 200
+        assert worker.wait(10) == 1
+        assert len(lines_of(tmp_path, 4)) == 4
+
+
+def test_a_model_that_takes_more_than_it_may_does_not_load(unpacked: Path, component_python: str) -> None:
+    environment = {"TORCHRELAY_INSTANCE": str(unpacked / "instance"), "TORCHRELAY_MEMORY_MB": "100"}
+    with start(unpacked / "model", component_python, environment) as worker:
+        _, complaint = worker.communicate(timeout=60)
+    assert worker.returncode != 0
+    assert re.search(r"the model alone takes \d{3} MB; serving.max_memory_mb allows 100", complaint)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a thread has a priority of its own on Linux alone")
+def test_a_model_loads_at_a_low_priority_and_answers_at_the_one_before() -> None:
+    found: list[int] = []
+
+    def priority() -> int:
+        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+    before = priority()
+    handler._at_low_priority(lambda: found.append(priority()))
+    assert (found, priority()) == ([5], before)
+
+
+def test_what_keeps_a_model_from_loading_is_said_as_it_was() -> None:
+    def load() -> None:
+        raise RuntimeError("no such weights")
+
+    with pytest.raises(RuntimeError, match="no such weights"):
+        handler._at_low_priority(load)

@@ -211,6 +211,20 @@ def test_the_way_back_takes_no_stages_and_finds_the_version_loaded() -> None:
     assert steps == ["Begin", "Advance", "Route", "Commit"]
 
 
+def test_the_way_back_does_not_wait_for_the_last_long_request() -> None:
+    world = promoted(promoted(World(warm=0), A), B)
+    world.requested = A
+    while world.live != A:
+        world.judgement = "pass"
+        world.step()
+    assert world.draining == {B}
+    world.requested = B
+    for _ in range(12):
+        world.judgement = "pass"
+        world.step()
+    assert (world.live, served_by(world)) == (B, {B: 100})
+
+
 def test_a_breach_is_answered_while_the_registry_and_a_node_are_away() -> None:
     world = promoted(World(), A)
     world.requested = B

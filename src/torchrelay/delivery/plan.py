@@ -163,6 +163,7 @@ def next_step(view: View) -> Step:
         or _progress(view)
         or _surplus(view)
         or _request(view)
+        or _draining(view)
         or Rest(soon=False, why="converged" if view.known else "the registry does not answer")
     )
 
@@ -282,8 +283,6 @@ def _surplus(view: View) -> Step | None:
         extra = node.held - needed - routed
         if node.reachable and extra - view.routing.draining:
             return Hold(node.name, (node.held & (needed | routed | view.routing.draining)))
-    if view.routing.draining and any(node.held - needed for node in view.nodes if node.reachable):
-        return Rest(soon=True, why="the last requests of the version before are still being answered")
     return None
 
 
@@ -298,6 +297,14 @@ def _request(view: View) -> Step | None:
     if view.verdict is None:
         return Admit(view.requested)
     return Begin(view.requested) if view.verdict == "admitted" else None
+
+
+def _draining(view: View) -> Step | None:
+    """Nothing is left to do but to unload what still answers. A request does not wait for that."""
+    left = any(node.held - _needed(view) for node in view.nodes if node.reachable)
+    if left and view.routing is not None and view.routing.draining:
+        return Rest(soon=True, why="the last requests of the version before are still being answered")
+    return None
 
 
 def _gone(view: View) -> bool:

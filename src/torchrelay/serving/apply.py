@@ -309,6 +309,7 @@ class _Apply:
             log=self.node.logs / f"{self.node.name}-{name}.log",
             response_timeout_s=wanted.response_timeout_s,
             max_body_bytes=wanted.max_body_bytes,
+            max_memory_mb=wanted.max_memory_mb,
             predictions=self.node.predictions,
             keep_inputs=wanted.keep_inputs,
         )

@@ -40,6 +40,7 @@ class Instance(Frozen):
     log: Path
     response_timeout_s: int = 30
     max_body_bytes: int = 4 * 2**20
+    max_memory_mb: int = Field(4096, description="What a worker may grow to; then another one takes its place.")
     predictions: Path | None = Field(None, description="Folder of the prediction log; None: none is written.")
     keep_inputs: bool = Field(False, description="Whether the prediction log may keep inputs.")
 

@@ -16,12 +16,14 @@ import logging
 import math
 import os
 import re
+import resource
 import signal
 import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
@@ -48,6 +50,8 @@ _INPUTS_PER_S = 20
 _SEGMENT_BYTES, _SEGMENT_S = 8 * 2**20, 600
 _OWN_SEGMENTS = 4  # of one worker: 32 MB
 _FLUSH_S = 0.1
+_LOADING_NICENESS = 5
+_LEAVE_S = 0.02
 _STOP_S = 0.5  # for the last lines, when the worker is stopped
 _MAX_QUEUED, _MAX_QUEUED_BYTES = 4096, 16 * 2**20
 # So many requests are summarized at a time, since that costs little more than one. After every few lines the writer
@@ -65,22 +69,33 @@ class TorchrelayHandler:
 
         TORCHRELAY_INSTANCE names the engine's folder, where `digests/<component>/<version>` holds the digest of the
         archive that the engine was given. Raises RuntimeError without it: an answer must be traceable.
+        TORCHRELAY_MEMORY_MB is what this worker may grow to; RuntimeError where the model alone takes more.
         """
-        import torch
-
         logging.getLogger().setLevel(logging.WARNING)  # TorchServe's worker logs a line per batch
-        torch.set_num_threads(1)
         folder = Path(context.system_properties["model_dir"])
         release = json.loads((folder / "release.json").read_bytes())
         self.headers = _identity(release)
+        _at_low_priority(lambda: self._load(folder))
+        import torch
+
+        torch.set_num_threads(1)
+        self.most_mb, self.leaving = _memory_limit(), False
+        self.log = _prediction_log(release["component"], self.headers)
+
+    def _load(self, folder: Path) -> None:
+        """The predictor, and its first passes, which are the slowest."""
         self.predictor = _predictor(folder)
         golden = json.loads((folder / "golden.json").read_bytes())["instances"]
         for instances in (golden, golden[:1]):
             self._forward(self.predictor.encode(instances))
-        self.log = _prediction_log(release["component"], self.headers)
 
     def handle(self, rows: list[Row], context: Any) -> list[bytes]:
-        """Answer every row. A bad request gets a 4xx and never spoils its neighbours in the batch."""
+        """Answer every row. A bad request gets a 4xx and never spoils its neighbours in the batch.
+
+        Raises MemoryError in a worker that is about to end: TorchServe makes a 507 of it, and the gateway asks another.
+        """
+        if self.leaving:
+            raise MemoryError("this worker has grown too large and ends")
         began, clock = time.time(), time.perf_counter()
         replies: dict[int, Reply] = {}
         encoded: dict[int, torch.Tensor] = {}
@@ -109,7 +124,21 @@ class TorchrelayHandler:
                 for index, (request_id, headers, answer, row) in enumerate(zip(ids, asked, answers, kept, strict=True))
             ]
             self.log.put(began, (time.perf_counter() - clock) * 1e3, entries)
+        if self.most_mb and _peak_mb() > self.most_mb:
+            self._leave()
         return [body for _, body in answers]
+
+    def _leave(self) -> None:
+        """End this worker once its answers are out; TorchServe starts another one, and neighbours answer meanwhile."""
+        logger.error("this worker has grown beyond serving.max_memory_mb, %d MB: another one takes over", self.most_mb)
+        self.leaving = True
+
+        def end() -> None:
+            if self.log:
+                self.log.close()
+            os._exit(1)
+
+        threading.Timer(_LEAVE_S, end).start()
 
     def _encode(self, row: Row, content_type: str) -> "torch.Tensor":
         """(N, …) for one request; ValueError says what is wrong with it."""
@@ -324,6 +353,34 @@ class TorchrelayHandler:
                     return
                 path.unlink(missing_ok=True)
                 total -= size
+
+
+def _at_low_priority(load: Callable[[], None]) -> None:
+    """Run it where it yields to what answers: Linux has a priority for each thread, and none comes up again.
+
+    Loading keeps a core busy for seconds, and it is beside a version in service that a version loads.
+    """
+    if sys.platform != "linux":
+        return load()
+
+    def lower() -> None:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADING_NICENESS)
+
+    with ThreadPoolExecutor(1, initializer=lower) as aside:
+        return aside.submit(load).result()
+
+
+def _memory_limit() -> int:
+    """What this worker may grow to, in MB; 0: whatever it likes."""
+    limit = int(os.environ.get("TORCHRELAY_MEMORY_MB") or 0)
+    if limit and _peak_mb() > limit:
+        raise RuntimeError(f"the model alone takes {_peak_mb()} MB; serving.max_memory_mb allows {limit}")
+    return limit
+
+
+def _peak_mb() -> int:
+    """The most memory that this process has had, in MB. Linux counts kilobytes, macOS bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def _prediction_log(component: str, headers: dict[str, str]) -> "TorchrelayHandler.Log | None":

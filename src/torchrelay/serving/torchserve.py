@@ -232,6 +232,7 @@ class TorchServe(Engine):
             "TORCHRELAY_INSTANCE": str(self.folder.absolute()),
             "TORCHRELAY_PREDICTIONS": str(self.instance.predictions.absolute()) if self.instance.predictions else "",
             "TORCHRELAY_KEEP_INPUTS": "1" if self.instance.keep_inputs else "",
+            "TORCHRELAY_MEMORY_MB": str(self.instance.max_memory_mb),
             "TMPDIR": str(self.folder.absolute() / "tmp"),
             "OMP_NUM_THREADS": "1",  # else every worker takes every core: 2.4 to 12 times slower
             "MKL_NUM_THREADS": "1",

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from model import Tiny
 
-ENCODE_BUG, PREDICT_BUG, NOT_JSON, IN_PLACE = 1001.0, 1002.0, 1003.0, 1004.0
+ENCODE_BUG, PREDICT_BUG, NOT_JSON, IN_PLACE, LEAK = 1001.0, 1002.0, 1003.0, 1004.0, 1005.0
 
 
 class Predictor:
@@ -38,6 +38,8 @@ class Predictor:
         if (batch[:, 0] == PREDICT_BUG).any():
             raise RuntimeError("a row that breaks the forward pass")
         batch[batch[:, 0] == IN_PLACE] = 0.0
+        if (batch[:, 0] == LEAK).any():
+            self.kept = b"x" * 2**30
         rows = self.model(batch).softmax(1).tolist()
         answers = [
             {"class": best, "label": "ab"[best], "probabilities": row, "value": row[0]}
