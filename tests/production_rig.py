@@ -298,6 +298,10 @@ class Rig:
     def kill_engine(self, node: str) -> None:
         self.kill(f"{node}-{NAME}-")
 
+    def engine_program(self, node: str) -> str:
+        """Supervisord's name of the engine that this node runs."""
+        return self.processes(f"{node}-{NAME}-")[0].environ()["SUPERVISOR_PROCESS_NAME"]
+
     @contextmanager
     def turned(self) -> Iterator[None]:
         """Meanwhile the models of `later_…` in tests/bad_models are as bad as they can be."""
@@ -423,7 +427,7 @@ class Rig:
 
     @property
     def state(self) -> State:
-        return self.store.state(NAME)
+        return Store(self.store.path).state(NAME)  # the file may have been lost meanwhile
 
     def await_stage(self, version: str, stage: int, seconds: float = 60) -> None:
         """Until the version's roll-out has come to this stage (LOADING: -1)."""

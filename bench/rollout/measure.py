@@ -3,9 +3,9 @@
     make environment && .venv/bin/python bench/rollout/run
 
 Works on a copy of this checkout with ports, keys and a registry of its own, so nothing that serves is touched. It
-trains as many versions as it promotes (on few samples: how good they are does not matter here, but one that has
-served before would skip the stages), and then promotes and rolls back in turn: gate, proof, one stage of a second at
-25 %, then all requests. Half of the clients keep their connection.
+trains once (on few samples: how good it is does not matter here), makes as many versions of it as it promotes, since
+one that has served before would skip the stages, and then promotes and rolls back in turn: gate, proof, one stage of a
+second at 25 %, then all requests. Half of the clients keep their connection.
 
 Then the latency of an open load, a quarter of what production can answer: new versions roll out one after the other
 (mirrored, 5 %, 25 %, all), and the 99th percentile while they do is set against that of the stretches between.
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,14 @@ import report
 from checkout import Checkout, copy_checkout
 from redeploy.clients import Clients
 from rollout.openload import OpenLoad, p99_ms
-from torchrelay.config import site
+from torchrelay import lineage
+from torchrelay.config import read_json, site, write_json
 from torchrelay.console import show_error
-from torchrelay.errors import TorchrelayError
-from torchrelay.handover import ArchiveRecord
+from torchrelay.errors import TorchrelayError, TrackingError
+from torchrelay.handover import ArchiveRecord, Registration, TrainedRun
 from torchrelay.serving import gateway
 from torchrelay.serving.apply import node_config
+from torchrelay.tracking import ModelVersion, Tracking
 
 BAR_REQUESTS = 100_000
 BAR_ROLLBACK_S = 5.0
@@ -40,6 +43,8 @@ PERIMETER = "production"
 STAGES = [{"weight": 25, "bake_s": 1, "min_requests": 0}]
 OPEN_STAGES = [{"weight": weight, "bake_s": 5, "min_requests": 20} for weight in (0, 5, 25)]
 _SAMPLES = 1500
+# What a version does not share with another one of its run.
+_OF_ITS_OWN = {lineage.TAG_ARCHIVE_URL, lineage.TAG_DIGEST, lineage.TAG_PROOF}
 _STEADY_S = 20
 _CAPACITY_S = 8
 _POLICY = {
@@ -86,17 +91,16 @@ def arguments() -> argparse.Namespace:
 
 def measure(given: argparse.Namespace, copy: Checkout) -> tuple[dict[str, Any], str]:
     """Train, promote and roll back; the result as JSON and as text."""
-    copy.limit_data(given.component, _SAMPLES)
-    commit(copy)
-    versions = train(copy, given.component, range(1, given.rounds + 2), STAGES)
-    copy.relay("promote", "--component", given.component, "--version", versions[0])
+    first = train(copy, given.component)
+    copy.relay("promote", "--component", given.component)
+    versions, later = more(copy, first, given.rounds), more(copy, first, given.open)
     url = f"{site().perimeters[PERIMETER].gateway}/predictions/{given.component}"
     body = request(copy, given.component)
     report.await_quiet(given.quiet, given.patience)
     machine = report.machine()
-    looping = under_clients(copy, url, body, versions[1:], given.clients)
-    versions = train(copy, given.component, range(given.rounds + 2, given.rounds + 2 + given.open), OPEN_STAGES)
-    opened = under_open_load(copy, url, body, versions) if versions else None
+    looping = under_clients(copy, url, body, versions, given.clients)
+    stages(copy, given.component, OPEN_STAGES)
+    opened = under_open_load(copy, url, body, later) if later else None
     machine["load_after"] = round(report.load(), 2)
     content = {"machine": machine, "clients": given.clients, "looping": looping, "open": opened}
     return content, text_of(content)
@@ -148,28 +152,67 @@ def under_open_load(copy: Checkout, url: str, body: bytes, versions: list[str]) 
     }
 
 
-def train(copy: Checkout, component: str, seeds: range, stages: list[dict[str, int]]) -> list[str]:
-    """Versions that dev has served and production has never seen."""
+def train(copy: Checkout, component: str) -> ArchiveRecord:
+    """A version by the whole chain."""
+    copy.limit_data(component, _SAMPLES)
+    commit(copy)
+    stages(copy, component, STAGES)
+    report.say("training")
+    copy.relay("deploy-dev", "--component", component)
+    record = (copy.folder / "results" / component / "archive.json").read_bytes()
+    return ArchiveRecord.model_validate_json(record)
+
+
+def stages(copy: Checkout, component: str, declared: list[dict[str, int]]) -> None:
+    """From now on versions come in by these stages."""
+    rollout = {"stages": declared, "max_disagreement": 1.0}
+    copy.override(component, {**_POLICY, "rollout": rollout, "training": {"parameters": {"epochs": 1}}})
+
+
+def more(copy: Checkout, first: ArchiveRecord, count: int) -> list[str]:
+    """So many versions of the same model that production has never seen, packed, signed and proven like any other."""
+    report.say(f"packing and proving {count} versions")
+    tracking = Tracking(site().tracking.url)
+    known = tracking.version(first.component, first.version)
+    if known is None:
+        raise TrackingError(f"version {first.version} is gone", "the version that was trained", "run the bench again")
+    kept = {name: value for name, value in known.tags.items() if name not in _OF_ITS_OWN}
+    experiment = tracking.ensure_experiment(known.name)
     found = []
-    for seed in seeds:
-        report.say(f"training version {seed} ({seeds[0]} to {seeds[-1]})")
-        found.append(train_one(copy, component, seed, stages).version)
+    for _ in range(count):  # a run has one version
+        run = tracking.create_run(experiment, "another version of the same model", uuid.uuid4().hex)
+        tracking.finish_run(run.run_id)
+        made = tracking.create_version(known.name, run.run_id, known.source, kept)
+        found.append(packed(copy, made, trained_by(copy, made)))
     return found
+
+
+def trained_by(copy: Checkout, version: ModelVersion) -> Path:
+    """What the training left, as if the version's own run had left it."""
+    train = copy.folder / "results" / f"{version.name}-{version.version}" / "train"
+    shutil.copytree(copy.folder / "results" / version.name / "train", train)
+    run = read_json(TrainedRun, train / "run.json", "run the bench again")
+    write_json(train / "run.json", run.model_copy(update={"run_id": version.run_id}))
+    return train
+
+
+def packed(copy: Checkout, version: ModelVersion, train: Path) -> str:
+    """The version's own signed and proven archive."""
+    folder = copy.folder / "results" / f"{version.name}-{version.version}"
+    registration = Registration(component=version.name, version=version.version, run_id=version.run_id)
+    write_json(folder / "registration.json", registration)
+    given = ["--component", version.name, "--log", "logs/more.log"]
+    archive, record = ["--archive", str(folder / "archive")], ["--record", str(folder / "archive.json")]
+    told = ["--registration", str(folder / "registration.json"), "--train", str(train)]
+    copy.relay("package-archive", *given, *told, "--output", str(folder / "archive"), *record, quiet=True)
+    copy.relay("prove-archive", *given, *archive, *record, "--output", str(folder / "proof.json"), quiet=True)
+    return version.version
 
 
 def request(copy: Checkout, component: str) -> bytes:
     """What every client sends."""
     golden = json.loads((copy.folder / "results" / component / "train" / "golden.json").read_bytes())
     return json.dumps({"instances": golden["instances"][:1]}, separators=(",", ":")).encode()
-
-
-def train_one(copy: Checkout, component: str, seed: int, stages: list[dict[str, int]]) -> ArchiveRecord:
-    """A version that dev serves."""
-    rollout = {"stages": stages, "max_disagreement": 1.0}
-    copy.override(component, {**_POLICY, "rollout": rollout, "training": {"parameters": {"epochs": 1, "seed": seed}}})
-    copy.relay("deploy-dev", "--component", component)
-    record = (copy.folder / "results" / component / "archive.json").read_bytes()
-    return ArchiveRecord.model_validate_json(record)
 
 
 def commit(copy: Checkout) -> None:

@@ -43,7 +43,7 @@ class TinyEngine(Engine):
 
     def ready(self) -> bool:
         try:
-            return self._call("GET", "/").status == 200
+            return self._call("GET", "/", timeout=5).status == 200
         except ServingError:
             return False
 
@@ -99,11 +99,16 @@ class TinyEngine(Engine):
         return self.instance.folder / "models" / f"{component}-{version}"
 
     def _call(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+        self,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        headers: dict[str, str] | None = None,
+        timeout: float = 30,
     ) -> urllib3.BaseHTTPResponse:
         url = f"http://127.0.0.1:{self.instance.ports[0]}{path}"
         try:
-            return urllib3.request(method, url, body=body, headers=headers, timeout=30, retries=False)
+            return urllib3.request(method, url, body=body, headers=headers, timeout=timeout, retries=False)
         except urllib3.exceptions.HTTPError as error:
             raise self._error(f"does not answer: {error}") from error
 

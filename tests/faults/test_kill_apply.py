@@ -119,6 +119,9 @@ class SimulatedSupervisor:
     def running(self, name: str) -> bool:
         return name in self.world.running
 
+    def uptime_s(self, name: str) -> float:
+        return 0.0
+
     def remove(self, name: str) -> None:
         def gone() -> None:
             self.world.running.discard(name)

@@ -342,6 +342,29 @@ def test_an_engine_is_killed(when: str, rig: Rig, live: str) -> None:
         rig.await_told(version, "rollout")
 
 
+@pytest.mark.whole
+def test_an_engine_stands_still(rig: Rig, live: str) -> None:
+    """A minute: only an engine that has been up for half a minute is taken for hung. Meanwhile the way back is open."""
+    version = rig.version(scaled(1.2))
+    rig.promote(version)
+    settled(rig, version)
+    until(lambda: rig.supervisor.uptime_s(rig.engine_program(NODES[0])) > 31, 60)
+    with rig.clients().looping() as clients:
+        time.sleep(1)
+        before = rig.processes(f"{NODES[0]}-points-")
+        for process in before:
+            process.send_signal(signal.SIGSTOP)
+        rig.promote(live)
+        settled(rig, live, 60)
+        time.sleep(1)
+        mended = time.time()
+        time.sleep(2)
+    assert not any(process.is_running() for process in before)
+    assert clients.wrong == []
+    assert len(clients.failures) < 0.05 * len(clients.seen)
+    assert {one.status for one in clients.seen if one.time > mended} == {200}
+
+
 def test_both_engines_are_killed(rig: Rig, live: str) -> None:
     """Callers get errors while there is nobody to answer, and no wrong answer; then all is as before."""
     with rig.clients().looping() as clients:

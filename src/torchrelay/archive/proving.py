@@ -27,37 +27,58 @@ class _Outcome(BaseModel):
     largest_difference: float
 
 
-def prove(archive: Path, python: str, timeout_s: float = 300, admit: Callable[[], object] = lambda: None) -> Proof:
+def prove(
+    archive: Path,
+    python: str,
+    timeout_s: float = 300,
+    admit: Callable[[], object] = lambda: None,
+    *,
+    niceness: int = 0,
+) -> Proof:
     """The proof that `archive` (a .mar), run by the interpreter `python`, reproduces its golden outputs.
 
     `admit` says by an error that it must not run; it is called while that interpreter imports torch, and the archive
     is named to it only afterwards. Raises ArchiveError when the outputs differ, or it does not run at all.
     """
-    outcome = _parsed(archive, _run(archive, python, [], timeout_s, admit))
+    outcome = _parsed(archive, _run(archive, python, _yielding(niceness), timeout_s, admit))
     return Proof(**outcome.model_dump(), digest=mar.digest(archive))
 
 
-def evaluate(archive: Path, python: str, test_set: Path, task: str, timeout_s: float = 1800) -> Evaluation:
+def evaluate(
+    archive: Path, python: str, test_set: Path, task: str, timeout_s: float = 1800, *, niceness: int = 0
+) -> Evaluation:
     """One score per sample of `test_set` (test.npz), from the archive as it is, not from the weights it came from."""
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "evaluation.json"
         arguments = ["--evaluate", str(test_set), "--task", task, "--output", str(output)]
-        _run(archive, python, arguments, timeout_s)
+        _run(archive, python, [*arguments, *_yielding(niceness)], timeout_s)
         return Evaluation.model_validate_json(output.read_bytes())
 
 
-def replay(archive: Path, python: str, requests: list[Json], patience_s: float, timeout_s: float = 300) -> list[Json]:
+def replay(
+    archive: Path, python: str, requests: list[Json], patience_s: float, timeout_s: float = 300, *, niceness: int = 0
+) -> list[Json]:
     """The archive's answers to logged requests (`id` and `inputs`): `id`, `status`, `output` and `milliseconds`.
 
-    An answer that takes longer than `patience_s` is none. ArchiveError when all together take longer than `timeout_s`.
+    The time is the model's own: what it had to wait for a processor is not counted. An answer that takes longer than
+    `patience_s` is none. ArchiveError when all together take longer than `timeout_s`.
     """
     with tempfile.TemporaryDirectory() as folder:
         given, output = Path(folder) / "requests.json", Path(folder) / "answers.json"
         given.write_text(json.dumps(requests), encoding="utf-8")
         patience = ["--patience-ms", str(1000 * patience_s)]
-        _run(archive, python, ["--replay", str(given), "--output", str(output), *patience], timeout_s)
+        _run(
+            archive,
+            python,
+            ["--replay", str(given), "--output", str(output), *patience, *_yielding(niceness)],
+            timeout_s,
+        )
         found: list[Json] = json.loads(output.read_bytes())
         return found
+
+
+def _yielding(niceness: int) -> list[str]:
+    return ["--niceness", str(niceness)] if niceness else []
 
 
 def _run(

@@ -48,6 +48,8 @@ _POLL_S = 0.1
 # A component that needs more steps than this at one go is going round in circles.
 _MOST_STEPS = 200
 _LOOKING = Rest(soon=True, why="being looked at")
+# After these the world is looked at anew; the other steps are notes of our own, made within a moment.
+_TAKES_TIME = (Admit, Hold, Route)
 
 log = logging.getLogger(__name__)
 Registry = dict[str, ModelVersion | None]
@@ -183,12 +185,14 @@ class Converger:
 
     def _close(self, component: str, registry: Registry | None) -> Rest:
         """Step by step until there is nothing to do now. `registry` is what was read a moment ago."""
-        for count in range(_MOST_STEPS):
-            if count and registry is not None:
-                registry = self._registry()
+        reports = self.sight.reports()
+        step: Step | None = None
+        for _ in range(_MOST_STEPS):
+            if isinstance(step, _TAKES_TIME):
+                registry = None if registry is None else self._registry()
+                reports = self.sight.reports()
             requested = (registry or {}).get(component)
             state = self._judged(component, requested, known_registry=registry is not None)
-            reports = self.sight.reports()
             step = next_step(self._view(state, registry is not None, requested, reports))
             if isinstance(step, Rest):
                 if registry is not None:

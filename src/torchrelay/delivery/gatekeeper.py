@@ -26,6 +26,9 @@ from torchrelay.tracking import ModelVersion, Tracking
 
 # A model that hangs must not keep the next one waiting for long.
 _PROOF_S = 120.0
+# Judging keeps a core busy for seconds, beside what serves. Not lower: on a machine without a moment to spare it would
+# never end.
+_NICENESS = 5
 _FILES = ("model.mar", "manifest.json", "model.sig")
 
 log = logging.getLogger(__name__)
@@ -109,7 +112,7 @@ class Strict:
             )
         error, difference = "", None
         try:
-            difference = archive.prove(mar, python, timeout_s=_PROOF_S).largest_difference
+            difference = archive.prove(mar, python, timeout_s=_PROOF_S, niceness=_NICENESS).largest_difference
         except ArchiveError as failure:
             error = failure.found
         tests = _test_set(version.name)
@@ -135,7 +138,7 @@ class Strict:
             return {}
         given = [{"id": one.logged.id, "inputs": one.logged.instances} for one in requests]
         try:
-            answers = archive.replay(mar, python, given, patience(policy))
+            answers = archive.replay(mar, python, given, patience(policy), niceness=_NICENESS)
         except ArchiveError as error:
             log.warning("the replay failed: %s", error.found)
             return {"replay": gate.Replay(errors=len(requests))}
@@ -148,7 +151,7 @@ class Strict:
         if kept.is_file():
             return read_json(Evaluation, kept, f"rm {kept}")
         try:
-            found = archive.evaluate(mar, python, tests, policy.task)
+            found = archive.evaluate(mar, python, tests, policy.task, niceness=_NICENESS)
         except ArchiveError as error:
             log.warning("the evaluation failed: %s", error.found)
             return Evaluation(test_set=hashlib.sha256(tests.read_bytes()).hexdigest(), scores=[])

@@ -36,6 +36,9 @@ from torchrelay.serving.ports import port_taken
 from torchrelay.serving.supervisor import Supervisor
 
 _READY_SECONDS = 120
+# An engine that has been up for so long and lets so many looks in a row time out does not come up any more.
+_UP_SECONDS = 30
+_ASKED = 3
 _LOCK_SECONDS = 600
 # With less than this a version that does not load may just have found no room.
 _ROOM_BYTES = 200 * 2**20
@@ -287,9 +290,18 @@ class _Apply:
         """The engine instance of the version's environment and settings, running and ready."""
         instance = self._instance(wanted)
         engine = engine_class(self.node.engine)(instance)
-        self.supervisor.ensure(engine.prepare())
+        if not self.supervisor.ensure(engine.prepare()) and self._hangs(engine, instance.name):
+            say(f"engine {instance.name} runs and does not answer: it is started anew")
+            self.supervisor.restart(instance.name)
         _wait(engine.ready, _READY_SECONDS, f"engine {instance.name}", instance.log)
         return engine
+
+    def _hangs(self, engine: Engine, name: str) -> bool:
+        """Whether it has had time enough to come up, and does not answer, asked more than once.
+
+        Nobody can go on before it does, not even back to the version before, so it is not waited for.
+        """
+        return self.supervisor.uptime_s(name) > _UP_SECONDS and not any(engine.ready() for _ in range(_ASKED))
 
     def _instance(self, wanted: WantedVersion) -> Instance:
         name = _instance_name(wanted)

@@ -84,6 +84,17 @@ class Supervisor:
         self._call("reloadConfig")
         self._drop(name)
 
+    def restart(self, name: str) -> None:
+        """End the program's whole process group, by force if it does not listen, and start it anew."""
+        self._call("stopProcess", name, unless="NOT_RUNNING")
+        end_strays(self.socket, name)
+        self._start(name)
+
+    def uptime_s(self, name: str) -> float:
+        """Seconds since the program was last started; 0 where it does not run."""
+        found = self._call("getProcessInfo", name, unless="BAD_NAME")
+        return float(found["now"] - found["start"]) if found and found["statename"] == "RUNNING" else 0.0
+
     def running(self, name: str) -> bool:
         """Whether the program has a process now; False as well when supervisord itself is not there."""
         return self.answers() and self._state(name) in _UP
