@@ -16,7 +16,7 @@ from torchrelay.handover import Desired
 from torchrelay.serving import apply
 
 ROOT = Path(__file__).resolve().parents[2]
-pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.real
 
 
 @pytest.fixture
@@ -42,7 +42,9 @@ def up(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     config.settings.cache_clear()
     nodes.configure(config.settings().state / "logs" / "configure.log")
     nodes.start()
-    apply.apply(apply.node_config(config.site().perimeters["dev"].nodes[0].folder), Desired())
+    apply.apply(
+        apply.node_config(config.site().perimeters["dev"].nodes[0].folder), Desired(perimeter="dev", components=())
+    )
 
 
 def beyond_loopback(base: int) -> set[int]:
@@ -66,7 +68,9 @@ def status(base: int, offset: int, path: str, client: bool = False) -> int:
         connection.close()
 
 
+@pytest.mark.slow
 def test_doors_open_with_the_setting_and_close_with_it(base: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slow: the roles run for each of five changes of the setting."""
     up(monkeypatch, "127.0.0.1")
     assert beyond_loopback(base) == set()
     up(monkeypatch, "0.0.0.0")
