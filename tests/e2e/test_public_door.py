@@ -275,6 +275,33 @@ def test_without_a_good_certificate_nobody_reaches_the_registry(
         experiments(front, authority, who(authority, tmp_path))
 
 
+def test_another_ca_shuts_out_whom_the_one_before_let_in(
+    front: TrackingFront, authority: Authority, tmp_path: Path
+) -> None:
+    """Without a restart, as when a client's certificate got into wrong hands."""
+    before, other = authority.certificate.read_bytes(), Authority(tmp_path, "another")
+    trusted = tmp_path / "trusted.crt"  # the server itself still shows a certificate by the CA before
+    trusted.write_bytes(before)
+    old, new = authority.issue("client", usage=CLIENT), other.issue("client", usage=CLIENT)
+    try:
+        certificates_rig.replace(front.authority, other.certificate.read_bytes())
+        rig.until(lambda: let_in(front, trusted, new) and not let_in(front, trusted, old))
+    finally:
+        certificates_rig.replace(front.authority, before)
+    rig.until(lambda: let_in(front, trusted, old) and not let_in(front, trusted, new))
+
+
+def let_in(front: TrackingFront, trusted: Path, client: Pair) -> bool:
+    connection = https(front.public.port, trusting(trusted, client))
+    try:
+        connection.request("GET", "/health")
+        return connection.getresponse().status == 200
+    except (ssl.SSLError, ConnectionError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
 def test_the_registrys_door_on_loopback_is_as_it_was(front: TrackingFront, mlflow_server: str) -> None:
     assert urllib3.request("GET", f"{mlflow_server}/health", retries=False).status == 200
 
