@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from torchrelay.config import GatewayPlace
+from torchrelay.config import GatewayPlace, PublicPlace
 from torchrelay.serving import gateway
 from torchrelay.serving.gateway import Backend, Endpoint
 
@@ -65,9 +65,9 @@ def upstream(
 
 
 @contextlib.contextmanager
-def envoy(folder: Path) -> Iterator[GatewayPlace]:
+def envoy(folder: Path, public: PublicPlace | None = None) -> Iterator[GatewayPlace]:
     """Yields the place of a running gateway without any route; its output goes to <folder>/envoy.log."""
-    place = GatewayPlace(folder=folder / "dev" / "gateway", port=free_port(), admin_port=free_port())
+    place = GatewayPlace(folder=folder / "dev" / "gateway", port=free_port(), admin_port=free_port(), public=public)
     gateway.write_bootstrap(place)
     program = gateway.gateway_program(place, folder / "envoy.log")
     with running(list(program.command), program.log):
@@ -168,12 +168,21 @@ def ask(
 
 
 class Clients:
-    """Clients that loop on kept connections; what they saw is in `answers` and `failures`."""
+    """Clients that loop on kept connections; what they saw is in `answers` and `failures`.
+
+    With `connect` they come by another door, and every third of them anew for each request.
+    """
 
     def __init__(
-        self, place: GatewayPlace, count: int, path: str = "/predictions/digits", body: bytes = b"{}" * 500
+        self,
+        place: GatewayPlace,
+        count: int,
+        path: str = "/predictions/digits",
+        body: bytes = b"{}" * 500,
+        connect: Callable[[], http.client.HTTPConnection] | None = None,
     ) -> None:
         self.place, self.path, self.body = place, path, body
+        self.connect = connect
         self.answers: Counter[str] = Counter()
         self.failures: list[str] = []
         self.stopping = threading.Event()
@@ -191,9 +200,13 @@ class Clients:
                 thread.join()
 
     def loop(self, number: int) -> None:
-        connection = http.client.HTTPConnection("127.0.0.1", self.place.port, timeout=20)
+        connection = (
+            self.connect() if self.connect else http.client.HTTPConnection("127.0.0.1", self.place.port, timeout=20)
+        )
         # Half of them are always in flight when something changes.
         headers = {"x-mimic": "slow=0.05"} if number % 2 else {}
+        if self.connect and number % 3 == 0:
+            headers["connection"] = "close"
         while not self.stopping.is_set():
             try:
                 connection.request("POST", self.path, body=self.body, headers=headers)

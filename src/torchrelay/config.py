@@ -5,7 +5,9 @@ Three kinds of file are read here: `config/defaults.yaml` with its git-ignored o
 writes and which says where things run (`Site`).
 """
 
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +20,8 @@ from torchrelay.errors import ConfigError
 Json = dict[str, Any]
 M = TypeVar("M", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+_HOST_NAME = re.compile(rf"(?=.{{1,253}}$)(?!(.*\.)?[0-9]+$){_LABEL}(\.{_LABEL})*")
 
 
 class Frozen(BaseModel):
@@ -171,6 +175,70 @@ class Retention(Frozen):
     )
 
 
+class Listen(Frozen):
+    """Where callers reach the gateways and the tracking server: on this machine alone, or by TLS from others."""
+
+    address: str = Field(
+        "127.0.0.1", description="IP address to listen on with TLS for other machines; a loopback address: for none."
+    )
+    names: tuple[str, ...] = Field(
+        (), description="DNS names and IP addresses under which callers reach this machine; the first is shown in URLs."
+    )
+    certificate: Path | None = Field(
+        None, description="The user's own certificate with its chain (PEM); null: one by the CA of this installation."
+    )
+    key: Path | None = Field(None, description="The private key of that certificate (PEM), without a passphrase.")
+
+    @model_validator(mode="after")
+    def _can_be_reached_safely(self) -> Self:
+        if wrong := self._wrong():
+            raise ConfigError(*wrong)
+        return self
+
+    def _wrong(self) -> tuple[str, str, str] | None:
+        """What no certificate can be made for: found, expected, next command."""
+        where = "in config/local.yaml (TORCHRELAY_LISTEN_{})"
+        if not is_ip(self.address):
+            expected = "an IP address of this machine, or 0.0.0.0 for all of them"
+            return f"listen.address is {self.address!r}", expected, f"set listen.address {where.format('ADDRESS')}"
+        if strange := [name for name in self.names if not (is_ip(name) or _HOST_NAME.fullmatch(name))]:
+            found = f"listen.names has {', '.join(map(repr, strange))}"
+            return found, "DNS names and IP addresses, without port", f"set listen.names {where.format('NAMES')}"
+        if self.beyond_loopback and not self.names:
+            found = f"listen.address is {self.address}, beyond loopback, and listen.names is empty"
+            expected = "the DNS names or IP addresses under which callers reach this machine, for its certificate"
+            return found, expected, f"set listen.names {where.format('NAMES')}, or listen.address to 127.0.0.1"
+        if (self.certificate is None) != (self.key is None):
+            has, lacks = ("key", "certificate") if self.certificate is None else ("certificate", "key")
+            next_command = f"set listen.{lacks} {where.format(lacks.upper())}"
+            return f"listen.{has} is set, and listen.{lacks} is not", "both, or neither", next_command
+        return None
+
+    @property
+    def beyond_loopback(self) -> bool:
+        """Whether other machines are to reach this one."""
+        return not is_loopback(self.address)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """The names as they stand in a URL."""
+        return tuple(f"[{name}]" if ":" in name else name for name in self.names)
+
+
+def is_ip(name: str) -> bool:
+    """Whether this is an IP address and no name."""
+    try:
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
+
+
+def is_loopback(address: str) -> bool:
+    """Whether only this machine reaches this IP address."""
+    return ipaddress.ip_address(address).is_loopback
+
+
 class Settings(Frozen):
     """`config/defaults.yaml` under `config/local.yaml` under the environment."""
 
@@ -189,6 +257,7 @@ class Settings(Frozen):
     )
     production_nodes: int = Field(2, ge=1, le=2, description="Serving nodes of local production; 1 on a small laptop.")
     poll_s: int = Field(30, ge=1, description="How often production looks at the registry when nothing wakes it.")
+    listen: Listen = Listen()
     retention: Retention = Retention()
     components: dict[Name, Json] = Field(
         default_factory=dict, description="Overrides laid over a component's component.yaml, by name."
@@ -209,6 +278,7 @@ class Perimeter(Frozen):
 
     alias: str = Field(description="The MLflow alias that is this perimeter's request.")
     gateway: str = Field(description="URL that callers use, without a trailing slash.")
+    public: str | None = Field(None, description="URL for callers on other machines, if they may reach it.")
     nodes: tuple[Node, ...] = Field(description="The machines that hold versions; one may be the gateway's as well.")
     gateway_node: str = Field(description="Name of the node whose `apply` renders the gateway's routes.")
     progressive: bool = Field(False, description="Whether versions come in by the stages of their roll-out policy.")
@@ -231,6 +301,7 @@ class TrackingServer(Frozen):
     """Where the tracking server listens."""
 
     url: str
+    public: str | None = Field(None, description="URL for clients on other machines, if they may reach it.")
 
 
 class Site(Frozen):
@@ -241,12 +312,38 @@ class Site(Frozen):
     perimeters: dict[str, Perimeter]
 
 
+class PublicPlace(Frozen):
+    """Where other machines reach a server, always by TLS: there is none without a certificate and its key."""
+
+    address: str
+    port: int = Field(ge=1024, le=65535)
+    certificate: Path = Field(description="Certificate with its chain (PEM); a renewed one is taken up at once.")
+    key: Path = Field(description="Its private key (PEM).")
+
+    @model_validator(mode="after")
+    def _at_an_address(self) -> Self:
+        if not is_ip(self.address):
+            raise ValueError(f"address {self.address!r}; expected an IP address")
+        return self
+
+
+class TrackingFront(Frozen):
+    """`front/front.json` beside the tracking server's files, written by the role `tracking`: its door for others."""
+
+    folder: Path = Field(description="Holds envoy.yaml and the names of the certificates.")
+    public: PublicPlace
+    authority: Path = Field(description="Certificate (PEM) of the CA that a client's certificate must come from.")
+    upstream_port: int = Field(description="Port of the tracking server on loopback.")
+    log: Path
+
+
 class GatewayPlace(Frozen):
     """Where a node's `apply` finds the gateway whose routes it renders."""
 
     folder: Path = Field(description="Holds envoy.yaml, cds.yaml and rds.yaml.")
     port: int
     admin_port: int
+    public: PublicPlace | None = Field(None, description="Where callers on other machines reach it, if they may.")
 
 
 class NodeConfig(Frozen):
@@ -325,13 +422,30 @@ def settings() -> Settings:
     for key in ("component", "state", "keys", "port_base", "inventory", "variant", "production_nodes", "poll_s"):
         if value := os.environ.get(f"TORCHRELAY_{key.upper()}"):
             merged[key] = value
+    if listen := _listen_of_environment():
+        merged = merge(merged, {"listen": listen})
     found = validated(Settings, merged, overlay if overlay.is_file() else folder / "defaults.yaml")
     absolute = {
         "state": root() / found.state,
         "keys": found.keys.expanduser(),
         "inventory": root() / found.inventory,
+        "listen": _absolute(found.listen),
     }
     return found.model_copy(update=absolute)
+
+
+def _listen_of_environment() -> Json:
+    """TORCHRELAY_LISTEN_ADDRESS, _NAMES (with commas between them), _CERTIFICATE and _KEY."""
+    given = {key: os.environ.get(f"TORCHRELAY_LISTEN_{key.upper()}") for key in Listen.model_fields}
+    found: Json = {key: value for key, value in given.items() if value}
+    if "names" in found:
+        found["names"] = [name.strip() for name in found["names"].split(",")]
+    return found
+
+
+def _absolute(listen: Listen) -> Listen:
+    files = {"certificate": listen.certificate, "key": listen.key}
+    return listen.model_copy(update={name: root() / path.expanduser() for name, path in files.items() if path})
 
 
 def component(name: str) -> Component:

@@ -21,6 +21,7 @@ _GIB = 2**30
 _DISK_GIB = 5.0
 _MEMORY_GIB = 2.5
 _TOOL_SECONDS = 20
+_CERTIFICATE_DAYS = 14
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def ports() -> Finding:
 def keys() -> Finding:
     """Keys are their owner's alone, folders and files, and lie outside the checkout."""
     found = sorted(settings().keys.glob("*/*"))
-    secret = [path for path in found if path.suffix != ".pub"]
+    secret = [path for path in found if path.suffix not in {".pub", ".crt"}]
     shared = [path for path in (*{path.parent for path in found}, *secret) if _mode(path) & 0o077]
     inside = settings().keys.resolve().is_relative_to(root().resolve() / "src")
     inside = inside or any(_tracked(path) for path in secret)
@@ -166,6 +167,24 @@ def keys() -> Finding:
 
 def _mode(path: Path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
+
+
+def certificates() -> list[Finding]:
+    """What other machines are shown is good for another two weeks and for every name; nothing while all is loopback."""
+    from torchrelay.nodes import own_certificates, server_certificate
+    from torchrelay.serving.certificates import read_certificate
+
+    listen = settings().listen
+    if not listen.beyond_loopback:
+        return []
+    found = [read_certificate(path) for path in dict.fromkeys((server_certificate(), *own_certificates()))]
+    ending = [f"{one.path} ends {one.ends:%F}" for one in found if one.ends_within(_CERTIFICATE_DAYS)]
+    missing = found[0].uncovered(listen.names)
+    wrong = [*ending, *([f"{found[0].path} is not for {', '.join(missing)}"] if missing else [])]
+    own = f"put another certificate for {', '.join(listen.names)} into {listen.certificate}, then "
+    first = min(found, key=lambda one: one.ends)
+    said = "; ".join(wrong) or f"for {', '.join(listen.names)}; the first ends {first.ends:%F}"
+    return [Finding("certificates", not wrong, said, f"{own if listen.certificate else ''}make up")]
 
 
 def java() -> Finding:
@@ -301,7 +320,7 @@ def _tracking_environment() -> dict[str, str] | None:
 _Check = Callable[[], Finding | list[Finding]]
 _CHECKS: tuple[_Check, ...] = (
     *(python, make, git, clock, disk, memory, packages, java, gateway),
-    *(keys, environments, data_remote, ports, supervisor, tracking, orchestrators, webhooks),
+    *(keys, certificates, environments, data_remote, ports, supervisor, tracking, orchestrators, webhooks),
 )
 
 

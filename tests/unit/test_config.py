@@ -113,6 +113,52 @@ def test_a_file_is_replaced_whole_with_its_mode(tmp_path: Path) -> None:
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
+def listening(**settings_of_it: object) -> config.Listen:
+    return config.Listen.model_validate(settings_of_it)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "found", "next_command"),
+    [
+        ({"address": "0.0.0.0"}, "beyond loopback, and listen.names is empty", "LISTEN_NAMES"),
+        ({"address": "192.0.2.7"}, "beyond loopback, and listen.names is empty", "listen.address to 127.0.0.1"),
+        ({"address": "::", "names": []}, "listen.address is ::", "LISTEN_NAMES"),
+        ({"address": "relay.example.org", "names": ["relay.example.org"]}, "listen.address is", "LISTEN_ADDRESS"),
+        ({"names": ["relay.example.org:443"]}, "'relay.example.org:443'", "LISTEN_NAMES"),
+        ({"names": ["a", "https://b"]}, "'https://b'", "LISTEN_NAMES"),
+        ({"names": ["1.2.3.400"]}, "'1.2.3.400'", "LISTEN_NAMES"),
+        ({"names": [""]}, "''", "LISTEN_NAMES"),
+        ({"names": ["a."]}, "'a.'", "LISTEN_NAMES"),
+        ({"certificate": "c.pem"}, "listen.certificate is set, and listen.key is not", "LISTEN_KEY"),
+        ({"key": "k.pem"}, "listen.key is set, and listen.certificate is not", "LISTEN_CERTIFICATE"),
+    ],
+)
+def test_listening_for_others_needs_what_a_certificate_needs(
+    wrong: dict[str, object], found: str, next_command: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        listening(**wrong)
+    assert found in caught.value.found
+    assert caught.value.expected
+    assert next_command in caught.value.next_command
+
+
+def test_loopback_is_where_everything_listens_unless_told_otherwise(checkout: Path) -> None:
+    assert settings().listen == config.Listen()
+    assert not settings().listen.beyond_loopback
+    assert [listening(address=address).beyond_loopback for address in ("127.0.0.1", "127.9.9.9", "::1")] == [False] * 3
+    assert listening(address="0.0.0.0", names=["relay", "10.0.0.7", "::1"]).hosts == ("relay", "10.0.0.7", "[::1]")
+
+
+def test_listening_is_set_by_the_environment_over_the_overlay(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkout / "config" / "local.yaml").write_text("listen: {names: [old], certificate: tls/c.pem, key: ~/k.pem}\n")
+    monkeypatch.setenv("TORCHRELAY_LISTEN_ADDRESS", "0.0.0.0")
+    monkeypatch.setenv("TORCHRELAY_LISTEN_NAMES", "relay.example.org, 192.0.2.7")
+    found = settings().listen
+    assert (found.address, found.names) == ("0.0.0.0", ("relay.example.org", "192.0.2.7"))
+    assert (found.certificate, found.key) == (checkout / "tls" / "c.pem", Path.home() / "k.pem")
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         validated(Settings, {}, Path("x")).port_base = 1

@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from certificates_rig import CLIENT, Authority
 from torchrelay import config, doctor
 from torchrelay.config import GatewayPlace, Node, NodeConfig, Perimeter, Site, TrackingServer, write_json
 from torchrelay.handover import Environment
+from torchrelay.serving.certificates import Certificate, read_certificate
 
 
 @pytest.fixture(autouse=True)
@@ -73,6 +75,68 @@ def test_packages_that_differ_from_the_lock_are_named() -> None:
     assert "absent-package missing instead of 1.0" in found.found
     assert "instead of 0.0.1" in found.found
     assert found.remedy == "make setup"
+
+
+def listen_for_others(monkeypatch: pytest.MonkeyPatch, names: str = "relay.example.org,192.0.2.7") -> Path:
+    """Set it, and give the folder of the certificates."""
+    monkeypatch.setenv("TORCHRELAY_LISTEN_ADDRESS", "0.0.0.0")
+    monkeypatch.setenv("TORCHRELAY_LISTEN_NAMES", names)
+    config.settings.cache_clear()
+    folder = config.settings().keys / "tls"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return folder
+
+
+def test_certificates_are_looked_at_only_where_others_see_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.certificates() == []
+    listen_for_others(monkeypatch)
+    (found,) = [one for one in doctor.diagnose() if one.name == "certificates"]
+    assert not found.ok and "server.crt" in found.found and found.remedy == "make up"
+
+
+@pytest.mark.parametrize(
+    ("server", "client", "says"),
+    [
+        ({}, {}, ""),
+        ({"days": 15}, {"days": 15}, ""),
+        ({"days": 13}, {}, "server.crt ends"),
+        ({"days": -1}, {}, "server.crt ends"),
+        ({}, {"days": 13}, "client.crt ends"),
+        ({"names": ("192.0.2.7",)}, {}, "server.crt is not for relay.example.org"),
+        ({"names": ("*.example.org", "192.0.2.7")}, {}, ""),
+        ({"names": ("*.org", "192.0.2.7")}, {}, "server.crt is not for relay.example.org"),
+        ({"names": ()}, {}, "server.crt is not for relay.example.org, 192.0.2.7"),
+    ],
+)
+def test_a_certificate_that_ends_or_lacks_a_name(
+    monkeypatch: pytest.MonkeyPatch, server: dict[str, object], client: dict[str, object], says: str
+) -> None:
+    authority = Authority(listen_for_others(monkeypatch))
+    authority.issue("server", **{"names": ("relay.example.org", "192.0.2.7"), **server})
+    authority.issue("client", **{"usage": CLIENT, **client})
+    (found,) = doctor.certificates()
+    assert found.ok == (not says), found.found
+    assert says in found.found
+    assert doctor.keys().ok
+
+
+def test_the_users_own_certificate_is_the_users_to_renew(monkeypatch: pytest.MonkeyPatch) -> None:
+    authority = Authority(listen_for_others(monkeypatch))
+    authority.issue("own", names=("relay.example.org", "192.0.2.7"), days=2)
+    authority.issue("client", usage=CLIENT)
+    for key in ("certificate", "key"):
+        monkeypatch.setenv(f"TORCHRELAY_LISTEN_{key.upper()}", f"/etc/mine.{key}")
+    config.settings.cache_clear()
+    (found,) = doctor.certificates()
+    assert "own.crt ends" in found.found
+    assert "/etc/mine.certificate" in found.remedy
+
+
+def test_names_are_compared_as_callers_do(tmp_path: Path) -> None:
+    pair = Authority(tmp_path).issue("server", names=("Relay.Example.org", "*.lab.test", "2001:db8::7"))
+    found: Certificate = read_certificate(pair.certificate)
+    assert found.uncovered(("relay.example.ORG", "one.lab.test", "2001:db8:0:0::7")) == []
+    assert found.uncovered(("lab.test", "a.b.lab.test", "192.0.2.7")) == ["lab.test", "a.b.lab.test", "192.0.2.7"]
 
 
 def test_a_missing_lock_is_a_finding(checkout: Path) -> None:

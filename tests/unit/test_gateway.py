@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from torchrelay.config import GatewayPlace
+from torchrelay.config import GatewayPlace, PublicPlace
 from torchrelay.errors import BusyError, ServingError
 from torchrelay.serving import gateway, ports
 from torchrelay.serving.gateway import Backend, Endpoint, Routes
-from torchrelay.serving.gateway_config import cluster
+from torchrelay.serving.gateway_config import bootstrap, cluster
 from torchrelay.serving.gateway_routes import route_file
 
 
@@ -151,6 +151,61 @@ def test_versions_of_files_follow_their_content() -> None:
 def test_impossible_backends_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         backend(**wrong)
+
+
+PUBLIC = {"address": "0.0.0.0", "port": 9443, "certificate": "/tls/server.crt", "key": "/tls/server.key"}
+
+
+def with_public(where: GatewayPlace) -> GatewayPlace:
+    return GatewayPlace(**where.model_dump(exclude={"public"}), public=PublicPlace.model_validate(PUBLIC))
+
+
+@pytest.mark.parametrize("missing", ["certificate", "key"])
+def test_nothing_listens_beyond_loopback_without_certificate_and_key(missing: str) -> None:
+    with pytest.raises(ValidationError, match=missing):
+        PublicPlace.model_validate(PUBLIC | {missing: None})
+    with pytest.raises(ValidationError, match=missing):
+        PublicPlace.model_validate({key: value for key, value in PUBLIC.items() if key != missing})
+
+
+@pytest.mark.parametrize("wrong", [{"address": "relay.example.org"}, {"address": ""}, {"port": 443}])
+def test_a_public_place_has_an_ip_address_and_a_port_that_is_ours(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        PublicPlace.model_validate(PUBLIC | wrong)
+
+
+def test_without_a_public_place_the_gateway_listens_on_loopback_alone(tmp_path: Path) -> None:
+    (door,) = bootstrap(place(tmp_path))["static_resources"]["listeners"]
+    assert door["address"]["socket_address"]["address"] == "127.0.0.1"
+    assert "transport_socket" not in door["filter_chains"][0]
+
+
+def test_the_public_door_is_the_same_gateway_behind_tls(tmp_path: Path) -> None:
+    where = place(tmp_path)
+    inner, outer = bootstrap(with_public(where))["static_resources"]["listeners"]
+    assert [inner] == bootstrap(where)["static_resources"]["listeners"]
+    assert outer["address"]["socket_address"] == {"address": "0.0.0.0", "port_value": 9443}
+    assert outer["filter_chains"][0]["filters"] == inner["filter_chains"][0]["filters"]
+    tls = outer["filter_chains"][0]["transport_socket"]["typed_config"]
+    assert tls["common_tls_context"]["tls_params"] == {"tls_minimum_protocol_version": "TLSv1_2"}
+    (secret,) = tls["common_tls_context"]["tls_certificate_sds_secret_configs"]
+    gateway.write_bootstrap(with_public(where))
+    named = json.loads(Path(secret["sds_config"]["path_config_source"]["path"]).read_text())["resources"][0]
+    assert named["name"] == secret["name"]
+    assert named["tls_certificate"]["private_key"] == {"filename": "/tls/server.key"}
+
+
+def test_another_certificate_needs_no_restart_and_another_door_does(tmp_path: Path) -> None:
+    where = with_public(place(tmp_path))
+    gateway.write_bootstrap(where)
+    before = gateway.gateway_program(where, tmp_path / "log")
+    other = where.model_copy(update={"public": PublicPlace.model_validate(PUBLIC | {"certificate": "/tls/own.crt"})})
+    assert not gateway.write_bootstrap(other)
+    assert "own.crt" in (where.folder / "certificate.yaml").read_text()
+    assert gateway.gateway_program(other, tmp_path / "log") == before
+    closed = where.model_copy(update={"public": None})
+    assert gateway.write_bootstrap(closed)
+    assert gateway.gateway_program(closed, tmp_path / "log") != before
 
 
 def test_bootstrap_is_written_once_and_keeps_routes(tmp_path: Path) -> None:

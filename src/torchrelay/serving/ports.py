@@ -3,7 +3,7 @@
 import errno
 import socket
 
-from torchrelay.errors import BusyError
+from torchrelay.errors import BusyError, ConfigError
 
 HOST = "127.0.0.1"
 
@@ -46,3 +46,17 @@ def check_port(port: int, what: str) -> None:
             f"port {port} of {HOST} free",
             "stop that process, or set `port_base` in config/local.yaml (TORCHRELAY_PORT_BASE) to a free range",
         )
+
+
+def check_address(address: str) -> None:
+    """Raise ConfigError when no server can listen on this IP address: it is not one of this machine."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        try:
+            probe.bind((address, 0))
+        except OSError as error:
+            raise ConfigError(
+                f"listen.address is {address}, where this machine cannot listen: {error.strerror}",
+                "an IP address of this machine, or 0.0.0.0 for all of them",
+                "set listen.address in config/local.yaml (TORCHRELAY_LISTEN_ADDRESS)",
+            ) from error
