@@ -485,9 +485,11 @@ class Rig:
         }
         if len(points) != len(NODES) or set((reports[GATEWAY].routed or ())[0].endpoints) != points:
             return f"the gateway has {reports[GATEWAY].routed}, the nodes hold {points}"
-        for node in self.perimeter.nodes:
-            if node.holds:
+        try:
+            for node in (one for one in self.perimeter.nodes if one.holds):
                 archive.verify(node.folder / "archives" / digest, self.signers["production"].public, digest)
+        except TorchrelayError as error:
+            return error.found
         return ""
 
     def _amiss_for_callers(self, version: str, digest: str) -> str:

@@ -426,6 +426,48 @@ def test_logged_requests_are_answered_again_each_with_its_own_status(packed: Pat
     assert good["milliseconds"] > 0
 
 
+def test_all_is_tried_in_one_run_and_gives_what_it_gives_alone(
+    packed: Path, tmp_path: Path, component_python: str
+) -> None:
+    import numpy as np
+
+    tests, mar = tmp_path / "test.npz", packed / "model.mar"
+    np.savez(tests, instances=np.array(tiny.INSTANCES), labels=np.array([0, 1, 0]))
+    requests = [{"id": "a", "inputs": tiny.INSTANCES[:1]}]
+    asked = {"test_set": tests, "task": "classification", "requests": requests, "patience_s": 30.0}
+    found = archive.examine(mar, component_python, **asked, timeout_s=120, niceness=5)  # type: ignore[arg-type]
+    assert found.proof == archive.prove(mar, component_python)
+    assert found.evaluation == archive.evaluate(mar, component_python, tests, "classification")
+    (alone,) = archive.replay(mar, component_python, requests, patience_s=30)
+    assert [{**one, "milliseconds": 0} for one in found.answers] == [{**alone, "milliseconds": 0}]
+    tiny.pack(tmp_path / "archive", spoil=0.5)
+    with pytest.raises(ArchiveError, match="differ from its golden outputs"):
+        archive.examine(tmp_path / "archive" / "model.mar", component_python, **asked, timeout_s=120)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone counts how long a thread waits for a processor")
+def test_a_replayed_request_does_not_pay_for_a_busy_machine(packed: Path, component_python: str) -> None:
+    """On one processor, beside a program that never rests and comes first."""
+    requests = [{"id": str(number), "inputs": tiny.INSTANCES * 2000} for number in range(30)]
+
+    def slowest(niceness: int) -> float:
+        answers = archive.replay(packed / "model.mar", component_python, requests, 30, niceness=niceness)
+        return sorted(one["milliseconds"] for one in answers)[len(answers) // 2]
+
+    mask = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(mask)})
+    try:
+        alone = slowest(0)
+        with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as busy:
+            try:
+                beside = slowest(5)
+            finally:
+                busy.kill()
+    finally:
+        os.sched_setaffinity(0, mask)
+    assert beside < 2 * alone
+
+
 def test_a_replay_that_hangs_is_not_sat_out(packed: Path, component_python: str) -> None:
     requests = [{"id": str(number), "inputs": tiny.INSTANCES[:1]} for number in range(40)]
     answers = archive.replay(packed / "model.mar", component_python, requests, patience_s=0)

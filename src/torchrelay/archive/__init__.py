@@ -7,16 +7,18 @@ brings it to a node, `verify` lets in nothing else, and `prove` runs it against 
 from torchrelay.archive.keys import KeyPair, ensure_key, key_digest
 from torchrelay.archive.mar import digest, golden_set, unpack
 from torchrelay.archive.packing import pack
-from torchrelay.archive.proving import evaluate, prove, replay
+from torchrelay.archive.proving import Examination, evaluate, examine, prove, replay
 from torchrelay.archive.signing import sign
 from torchrelay.archive.transfer import fetch
 from torchrelay.archive.verifying import verify
 
 __all__ = [
+    "Examination",
     "KeyPair",
     "digest",
     "ensure_key",
     "evaluate",
+    "examine",
     "fetch",
     "golden_set",
     "key_digest",

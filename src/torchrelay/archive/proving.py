@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
+from typing import NamedTuple
 
 from pydantic import BaseModel, ValidationError
 
@@ -49,10 +50,9 @@ def evaluate(
 ) -> Evaluation:
     """One score per sample of `test_set` (test.npz), from the archive as it is, not from the weights it came from."""
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "evaluation.json"
-        arguments = ["--evaluate", str(test_set), "--task", task, "--output", str(output)]
-        _run(archive, python, [*arguments, *_yielding(niceness)], timeout_s)
-        return Evaluation.model_validate_json(output.read_bytes())
+        scores = Path(folder) / "scores.json"
+        _run(archive, python, [*_evaluating(test_set, task, scores), *_yielding(niceness)], timeout_s)
+        return Evaluation.model_validate_json(scores.read_bytes())
 
 
 def replay(
@@ -63,18 +63,54 @@ def replay(
     The time is the model's own: what it had to wait for a processor is not counted. An answer that takes longer than
     `patience_s` is none. ArchiveError when all together take longer than `timeout_s`.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        given, output = Path(folder) / "requests.json", Path(folder) / "answers.json"
-        given.write_text(json.dumps(requests), encoding="utf-8")
-        patience = ["--patience-ms", str(1000 * patience_s)]
-        _run(
-            archive,
-            python,
-            ["--replay", str(given), "--output", str(output), *patience, *_yielding(niceness)],
-            timeout_s,
-        )
-        found: list[Json] = json.loads(output.read_bytes())
-        return found
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _run(archive, python, [*_replaying(requests, patience_s, folder), *_yielding(niceness)], timeout_s)
+        return _answers(folder)
+
+
+class Examination(NamedTuple):
+    """What an archive did in one run: `prove`, `evaluate` and `replay` have more on each."""
+
+    proof: Proof
+    evaluation: Evaluation
+    answers: list[Json]
+
+
+def examine(
+    archive: Path,
+    python: str,
+    *,
+    test_set: Path,
+    task: str,
+    requests: list[Json],
+    patience_s: float,
+    timeout_s: float,
+    niceness: int = 0,
+) -> Examination:
+    """All three in one process, which imports torch once. ArchiveError when any of them fails, or all take longer."""
+    with tempfile.TemporaryDirectory() as name:
+        folder, scores = Path(name), Path(name) / "scores.json"
+        arguments = ["--golden", *_evaluating(test_set, task, scores), *_replaying(requests, patience_s, folder)]
+        said = _run(archive, python, [*arguments, *_yielding(niceness)], timeout_s)
+        proof = Proof(**_parsed(archive, said).model_dump(), digest=mar.digest(archive))
+        return Examination(proof, Evaluation.model_validate_json(scores.read_bytes()), _answers(folder))
+
+
+def _evaluating(test_set: Path, task: str, scores: Path) -> list[str]:
+    return ["--evaluate", str(test_set), "--task", task, "--scores", str(scores)]
+
+
+def _replaying(requests: list[Json], patience_s: float, folder: Path) -> list[str]:
+    given = folder / "requests.json"
+    given.write_text(json.dumps(requests), encoding="utf-8")
+    patience = ["--patience-ms", str(1000 * patience_s)]
+    return ["--replay", str(given), "--answers", str(folder / "answers.json"), *patience]
+
+
+def _answers(folder: Path) -> list[Json]:
+    found: list[Json] = json.loads((folder / "answers.json").read_bytes())
+    return found
 
 
 def _yielding(niceness: int) -> list[str]:

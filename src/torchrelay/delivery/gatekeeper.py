@@ -10,7 +10,7 @@ import logging
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torchrelay import archive, components, gate
 from torchrelay.config import Component, Json, Perimeter, Site, component_names, read_json, root, settings, write_file
@@ -21,11 +21,11 @@ from torchrelay.delivery.store import Admission
 from torchrelay.errors import ArchiveError, ConfigError, DataError, TorchrelayError
 from torchrelay.handover import Environment, Evaluation, Manifest, WantedVersion
 from torchrelay.lineage import TAG_COMMIT, TAG_DIGEST, TAG_ENVIRONMENT
-from torchrelay.serving.predictions import Prediction, difference
+from torchrelay.serving.predictions import Request, difference
 from torchrelay.tracking import ModelVersion, Tracking
 
 # A model that hangs must not keep the next one waiting for long.
-_PROOF_S = 120.0
+_EXAMINE_S, _PROOF_S = 60.0, 120.0
 # Judging keeps a core busy for seconds, beside what serves. Not lower: on a machine without a moment to spare it would
 # never end.
 _NICENESS = 5
@@ -110,44 +110,65 @@ class Strict:
                 proof_tolerance=0.0,
                 provenance_faults=faults,
             )
-        error, difference = "", None
-        try:
-            difference = archive.prove(mar, python, timeout_s=_PROOF_S, niceness=_NICENESS).largest_difference
-        except ArchiveError as failure:
-            error = failure.found
-        tests = _test_set(version.name)
-        candidate = self._evaluated(mar, python, tests, policy)
+        tests, requests = _test_set(version.name), self._requests(version.name, policy)
+        tried = self._examined(mar, python, tests, policy, requests) or self._piecemeal(
+            mar, python, tests, policy, requests
+        )
         theirs = self._live_evaluation(live, tests, policy) if live else None
-        golden = archive.golden_set(mar)
         return gate.Evidence(
-            candidate=candidate,
+            candidate=tried.evaluation,
             live=theirs,
             live_version=live.version if live else None,
             signature_candidate=self._signature(version.name, version.version),
             signature_live=self._signature(version.name, live.version) if live else None,
-            proof_difference=difference,
-            proof_tolerance=golden.tolerance,
-            proof_error=error,
-            **self._replayed(version, mar, python, policy),
+            proof_difference=tried.difference,
+            proof_tolerance=archive.golden_set(mar).tolerance,
+            proof_error=tried.proof_error,
+            **_compared(requests, tried.answers, version),
         )
 
-    def _replayed(self, version: ModelVersion, mar: Path, python: str, policy: Component) -> dict[str, Any]:
-        """What the candidate answers to the newest requests that production logged, and how fast."""
-        requests = logged_requests(self.perimeter, version.name, policy.rollout.replay_requests)
-        if not requests:
-            return {}
-        given = [{"id": one.logged.id, "inputs": one.logged.instances} for one in requests]
+    def _requests(self, name: str, policy: Component) -> list[Request]:
+        """The newest requests that production logged."""
+        return logged_requests(self.perimeter, name, policy.rollout.replay_requests)
+
+    def _examined(
+        self, mar: Path, python: str, tests: Path, policy: Component, requests: list[Request]
+    ) -> "_Tried | None":
+        """The candidate's proof, scores and answers; None if anything goes wrong on the way."""
         try:
-            answers = archive.replay(mar, python, given, patience(policy), niceness=_NICENESS)
+            found = archive.examine(
+                mar,
+                python,
+                test_set=tests,
+                task=policy.task,
+                requests=_given(requests),
+                patience_s=patience(policy),
+                timeout_s=_EXAMINE_S,
+                niceness=_NICENESS,
+            )
         except ArchiveError as error:
-            log.warning("the replay failed: %s", error.found)
-            return {"replay": gate.Replay(errors=len(requests))}
-        return _compared([one.logged for one in requests], answers, version)
+            log.info("one after the other: %s", error.found)
+            return None
+        self._keep_evaluation(mar, tests, found.evaluation)
+        return _Tried(found.proof.largest_difference, "", found.evaluation, found.answers)
+
+    def _piecemeal(self, mar: Path, python: str, tests: Path, policy: Component, requests: list[Request]) -> "_Tried":
+        """The same of a candidate that fails somewhere, so that the report says where."""
+        error, difference, answers = "", None, None
+        try:
+            difference = archive.prove(mar, python, timeout_s=_PROOF_S, niceness=_NICENESS).largest_difference
+        except ArchiveError as failure:
+            error = failure.found
+        evaluation = self._evaluated(mar, python, tests, policy)
+        try:
+            answers = archive.replay(mar, python, _given(requests), patience(policy), niceness=_NICENESS)
+        except ArchiveError as failure:
+            log.warning("the replay failed: %s", failure.found)
+        return _Tried(difference, error, evaluation, answers)
 
     def _evaluated(self, mar: Path, python: str, tests: Path, policy: Component) -> Evaluation:
         """Scores of the archive over the test set, kept, since neither of the two ever changes."""
-        key = f"{archive.digest(mar)}-{hashlib.sha256(tests.read_bytes()).hexdigest()[:16]}"
-        kept = self.folder / "evaluations" / f"{key}.json"
+        kept = self._evaluation_file(mar, tests)
         if kept.is_file():
             return read_json(Evaluation, kept, f"rm {kept}")
         try:
@@ -155,8 +176,15 @@ class Strict:
         except ArchiveError as error:
             log.warning("the evaluation failed: %s", error.found)
             return Evaluation(test_set=hashlib.sha256(tests.read_bytes()).hexdigest(), scores=[])
-        write_file(kept, found.model_dump_json().encode())
+        self._keep_evaluation(mar, tests, found)
         return found
+
+    def _evaluation_file(self, mar: Path, tests: Path) -> Path:
+        key = f"{archive.digest(mar)}-{hashlib.sha256(tests.read_bytes()).hexdigest()[:16]}"
+        return self.folder / "evaluations" / f"{key}.json"
+
+    def _keep_evaluation(self, mar: Path, tests: Path, found: Evaluation) -> None:
+        write_file(self._evaluation_file(mar, tests), found.model_dump_json().encode())
 
     def _live_evaluation(self, live: WantedVersion, tests: Path, policy: Component) -> Evaluation:
         folder = self.folder / live.digest
@@ -219,8 +247,26 @@ class Aside:
         return looking.result()
 
 
-def _compared(logged: list[Prediction], answers: list[Json], version: ModelVersion) -> dict[str, Any]:
+class _Tried(NamedTuple):
+    """What a candidate did when it was tried out; no answers if the replay failed as a whole."""
+
+    difference: float | None
+    proof_error: str
+    evaluation: Evaluation
+    answers: list[Json] | None
+
+
+def _given(requests: list[Request]) -> list[Json]:
+    return [{"id": one.logged.id, "inputs": one.logged.instances} for one in requests]
+
+
+def _compared(requests: list[Request], answers: list[Json] | None, version: ModelVersion) -> dict[str, Any]:
     """The replay as the gate reads it. What production itself had refused says nothing, and is not among these."""
+    if answers is None:
+        return {"replay": gate.Replay(errors=len(requests))}
+    if not requests:
+        return {}
+    logged = [one.logged for one in requests]
     digest = version.tags[TAG_DIGEST]
     found = [answered(one, answer, version.version, digest) for one, answer in zip(logged, answers, strict=True)]
     failed = [one for one in found if one.status >= 500]

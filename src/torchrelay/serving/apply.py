@@ -237,11 +237,20 @@ class _Apply:
             folder = self._archive(wanted)
             self._load(engine, wanted, folder)
             self.changed.add(wanted.component)
+        elif not (self.node.folder / "archives" / wanted.digest).is_dir():
+            self._restore(wanted)
         return _backend_of(
             RoutedVersion(version=wanted),
             (engine.endpoint(wanted.component, wanted.version),),
             engine.path(wanted.component, wanted.version),
         )
+
+    def _restore(self, wanted: WantedVersion) -> None:
+        """The archive of what is loaded, where somebody has deleted it: after a reboot it is all that there is."""
+        try:
+            self._archive(wanted)
+        except TorchrelayError as error:
+            say(f"the archive of {wanted.component} version {wanted.version} is gone: {error.found}")
 
     def _load(self, engine: Engine, wanted: WantedVersion, folder: Path) -> None:
         """Into the engine, and its golden inputs through it. UnfitError if that is the version's own fault."""

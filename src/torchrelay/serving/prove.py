@@ -113,7 +113,8 @@ def _replayed(predictor: Any, request: dict[str, Any]) -> dict[str, Any]:
         status, output = 400, {"error": failure.parts["found"]}
     except Exception as error:  # whatever a component's code raises is its answer to this request
         status, output = 500, {"error": f"{type(error).__name__}: {error}"}
-    milliseconds = 1000 * (time.perf_counter() - began - (_waited_s() - waited))
+    waited = _waited_s() - waited
+    milliseconds = 1000 * (time.perf_counter() - began - waited)
     return {"id": request["id"], "status": status, "output": output, "milliseconds": milliseconds}
 
 
@@ -140,35 +141,32 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--archive", type=Path, help="the model.mar; default: named on standard input, after torch is up"
     )
-    parser.add_argument(
-        "--evaluate", type=Path, metavar="TEST_NPZ", help="score this test set instead of the golden set"
-    )
-    parser.add_argument("--replay", type=Path, metavar="JSON", help="answer these logged requests instead")
+    parser.add_argument("--golden", action="store_true", help="prove the golden outputs; the default where all else is")
+    parser.add_argument("--evaluate", type=Path, metavar="TEST_NPZ", help="score this test set")
+    parser.add_argument("--scores", type=Path, help="where --evaluate writes what it found")
+    parser.add_argument("--replay", type=Path, metavar="JSON", help="answer these logged requests")
+    parser.add_argument("--answers", type=Path, help="where --replay writes what it found")
     parser.add_argument(
         "--patience-ms", type=float, default=30_000.0, help="a replayed answer that takes longer is none"
     )
     parser.add_argument("--task", choices=sorted(_SCORES), default="classification")
-    parser.add_argument("--output", type=Path, help="where --evaluate and --replay write what they found")
     parser.add_argument("--niceness", type=int, default=0, help="by how much to yield to others (default: 0)")
     options = parser.parse_args(arguments)
-    if (options.evaluate or options.replay) and not options.output:
-        parser.error("--evaluate and --replay need --output")
+    if bool(options.evaluate) != bool(options.scores) or bool(options.replay) != bool(options.answers):
+        parser.error("--evaluate goes with --scores, --replay with --answers")
     return options
 
 
 def _run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     _unpack(options.archive or _named(), folder)
     predictor = _predictor(folder)
+    proof = prove(folder, predictor) if options.golden or not (options.evaluate or options.replay) else {}
+    if options.evaluate:
+        _write(options.scores, json.dumps(evaluate(predictor, options.evaluate, options.task)).encode())
     if options.replay:
         answers = replay(predictor, json.loads(options.replay.read_bytes()), options.patience_ms)
-        _write(options.output, json.dumps(answers).encode())
-        return {"samples": len(answers)}
-    if not options.evaluate:
-        return prove(folder, predictor)
-    evaluation = evaluate(predictor, options.evaluate, options.task)
-    _write(options.output, json.dumps(evaluation).encode())
-    scores = evaluation["scores"]
-    return {"samples": len(scores), "mean_score": sum(scores) / max(len(scores), 1)}
+        _write(options.answers, json.dumps(answers).encode())
+    return proof
 
 
 def _named() -> Path:
