@@ -9,21 +9,17 @@ name, so that every change to and from it starts a new engine. Then the dev alia
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import report
-from checkout import Checkout, copy_checkout
+from checkout import Checkout
+from copied import add_options, measure_in_copy
 from redeploy.clients import Clients, Seen
 from redeploy.versions import PERIMETER, Version, Watch, forget, move_alias, node, one_instance, train, url
-from torchrelay.console import show_error
-from torchrelay.errors import TorchrelayError
 from torchrelay.serving import gateway
 
 BAR_REQUESTS = 20_000
@@ -50,37 +46,18 @@ class Served:
 
 
 def main() -> None:
-    """Lay the copy out, train the versions, redeploy under load, write the result, and stop all of it."""
-    given = arguments()
-    results = report.results("redeploy")
-    folder = Path(tempfile.mkdtemp(prefix="redeploy-", dir=given.folder))
-    report.say(f"working in {folder}")
-    copy = copy_checkout(folder)
-    copy.enter()
-    try:
-        content, text = measure(given, copy)
-    except TorchrelayError as error:
-        show_error(error)
-        sys.exit(error.exit_code)
-    finally:
-        copy.relay("down")
-        if not given.keep:
-            shutil.rmtree(folder)
-    report.save(results, content, text)
+    """Train the versions, redeploy under load, and time a registered version on a quiet gateway."""
+    content = measure_in_copy("redeploy", arguments(), measure)
     sys.exit(1 if content["seen"]["failures"] else 0)
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--component", default="fashion_mnist", help="which component (default: fashion_mnist)")
     parser.add_argument("--redeploys", type=int, default=20, help="how many (default: 20)")
     parser.add_argument("--clients", type=int, default=16, help="looping clients (default: 16)")
     parser.add_argument("--repeat", type=int, default=3, help="how often to time registered-to-served (default: 3)")
-    parser.add_argument("--quiet", type=float, default=0.6, help="load to wait for before measuring (default: 0.6)")
-    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for it at most (default: 0)")
-    parser.add_argument("--folder", type=Path, help="where to lay the copy out (default: /tmp)")
-    parser.add_argument("--keep", action="store_true", help="keep the copy")
+    add_options(parser)
     return parser.parse_args()
 
 

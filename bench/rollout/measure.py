@@ -17,20 +17,19 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from pathlib import Path
 from typing import Any
 
 import report
-from checkout import Checkout, copy_checkout
+from checkout import Checkout
+from copied import add_options, measure_in_copy
 from redeploy.clients import Clients
 from rollout.openload import OpenLoad, p99_ms
 from torchrelay import lineage
 from torchrelay.config import read_json, site, write_json
-from torchrelay.console import show_error
-from torchrelay.errors import TorchrelayError, TrackingError
+from torchrelay.errors import TrackingError
 from torchrelay.handover import ArchiveRecord, Registration, TrainedRun
 from torchrelay.serving import gateway
 from torchrelay.serving.apply import node_config
@@ -55,37 +54,18 @@ _POLICY = {
 
 
 def main() -> None:
-    """Lay the copy out, train, promote and roll back under load, write the result, and stop all of it."""
-    given = arguments()
-    results = report.results("rollout")
-    folder = Path(tempfile.mkdtemp(prefix="rollout-", dir=given.folder))
-    report.say(f"working in {folder}")
-    copy = copy_checkout(folder)
-    copy.enter()
-    try:
-        content, text = measure(given, copy)
-    except TorchrelayError as error:
-        show_error(error)
-        sys.exit(error.exit_code)
-    finally:
-        copy.relay("down")
-        if not given.keep:
-            shutil.rmtree(folder)
-    report.save(results, content, text)
+    """Promote and roll back under load, then roll out under an open load."""
+    content = measure_in_copy("rollout", arguments(), measure)
     sys.exit(1 if content["looping"]["seen"]["failures"] else 0)
 
 
 def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--component", default="fashion_mnist", help="which component (default: fashion_mnist)")
     parser.add_argument("--rounds", type=int, default=50, help="promotions, each rolled back (default: 50)")
     parser.add_argument("--clients", type=int, default=50, help="looping clients (default: 50)")
     parser.add_argument("--open", type=int, default=5, help="roll-outs under an open load (default: 5)")
-    parser.add_argument("--quiet", type=float, default=0.6, help="load to wait for before measuring (default: 0.6)")
-    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for it at most (default: 0)")
-    parser.add_argument("--folder", type=Path, help="where to lay the copy out (default: /tmp)")
-    parser.add_argument("--keep", action="store_true", help="keep the copy")
+    add_options(parser)
     return parser.parse_args()
 
 
