@@ -42,6 +42,7 @@ STOPPED_AT = {
     "served_leaks": SHADOW,
     "later_raises": CANARY,
     "later_slow": CANARY,
+    "later_one_class": CANARY,
     "later_exits": CANARY,
 }
 

@@ -119,7 +119,8 @@ class Rollout(Frozen):
         0.1,
         ge=0,
         le=1,
-        description="Share of shadowed requests on which its answer may differ from the live version's.",
+        description="Share of compared answers that may differ from the live version's: in a shadow stage to copies of "
+        "its requests, in one with a weight to those that the candidate answers.",
     )
     alpha: float = Field(
         1e-4, gt=0, lt=1, description="Chance that a rule ever stops a candidate that keeps it, over a whole roll-out."

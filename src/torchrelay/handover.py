@@ -147,7 +147,10 @@ class RoutedVersion(Frozen):
 
     version: WantedVersion
     weight: int = Field(100, ge=0, le=100, description="Percent of the component's requests.")
-    mirror: bool = Field(False, description="Copies of all requests, whose answers nobody gets; the weight is 0.")
+    mirror: bool = Field(
+        False,
+        description="It gets copies of what the other versions answer, and nobody gets its answers to them.",
+    )
     endpoints: tuple[Endpoint, ...] = Field((), description="On the nodes that hold it; none: on this very node.")
     path: str = Field("", description="What their engine calls it; empty: as this node's own engine does.")
 

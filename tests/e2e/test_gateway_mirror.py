@@ -1,4 +1,4 @@
-"""A version on its way in: copies of requests first, then shares of them, all on one cluster."""
+"""A version on its way in: copies of requests first, then shares of them, copied to the version before."""
 
 import signal
 import subprocess
@@ -77,7 +77,7 @@ def test_callers_get_only_the_live_versions_answer(place: GatewayPlace, live: in
 def test_a_mirror_that_is_not_there_costs_callers_nothing(place: GatewayPlace, live: int) -> None:
     gateway.apply_routes(place, Routes(backends=mirrored(live, rig.free_port())))
     assert {rig.ask(place).header("x-model-version") for _ in range(50)} == {"7"}
-    rig.until(lambda: gateway_stats.counts(place)["digits", "8"].errors == 50)
+    rig.until(lambda: gateway_stats.read(place).copies["digits", "8"].errors == 50)
     assert gateway_stats.counts(place)["digits", "7"].errors == 0
 
 
@@ -103,24 +103,27 @@ def _listening(port: int) -> psutil.Process:
     return found
 
 
-def test_a_version_keeps_its_cluster_from_shadow_to_all(place: GatewayPlace, live: int, candidate: int) -> None:
+def test_a_version_keeps_its_cluster_and_copies_count_apart(place: GatewayPlace, live: int, candidate: int) -> None:
     gateway.apply_routes(place, Routes(backends=(rig.backend(live, "7"),)))
     stages: list[tuple[int, bool]] = [(0, False), (0, True), (5, False), (25, False), (100, False)]
     for weight, mirror in stages:
         new = rig.backend(candidate, "8", weight=weight, mirror=mirror)
-        gateway.apply_routes(place, Routes(backends=(rig.backend(live, "7", weight=100 - weight), new)))
+        beside = rig.backend(live, "7", weight=100 - weight, mirror=0 < weight < 100)
+        gateway.apply_routes(place, Routes(backends=(beside, new)))
         (share,) = [found for found in gateway.shares(place) if found.version == "8"]
         assert (share.weight, share.mirror) == (weight, mirror)
         for _ in range(40):
             rig.ask(place)
-    rig.until(lambda: len(seen(live)) + len(seen(candidate)) == 5 * 40 + 40)
-    assert len(seen(candidate)) > 80
     found = gateway_stats.counts(place)
-    assert {version: one.requests for (_, version), one in found.items()} == {
-        "7": len(seen(live)),
-        "8": len(seen(candidate)),
-    }
-    assert gateway.prune(place) == []
+    answered = {version: one.requests for (_, version), one in found.items()}
+    assert sum(answered.values()) == 5 * 40
+    copied = {"7": answered["8"] - 40, "8": 40}  # nothing of the last 40 was copied
+    for version, port in {"7": live, "8": candidate}.items():
+        rig.until(lambda version=version, port=port: len(seen(port)) == answered[version] + copied[version])
+        assert [one.get("x-torchrelay-shadow") for one in seen(port)].count("1") == copied[version]
+        of_copies = gateway_stats.read(place).copies["digits", version]
+        assert (of_copies.requests, of_copies.errors) == (copied[version], 0)
+    assert sorted(gateway.prune(place)) == sorted({beside.copies_cluster, new.copies_cluster})
 
 
 def test_a_warm_version_gets_no_request_until_it_is_swapped_in(place: GatewayPlace, live: int, candidate: int) -> None:

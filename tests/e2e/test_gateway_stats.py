@@ -33,6 +33,10 @@ def of(place: GatewayPlace, version: str = "7") -> BackendCounts:
     return gateway_stats.counts(place)["digits", version]
 
 
+def copies(place: GatewayPlace) -> BackendCounts:
+    return gateway_stats.read(place).copies["digits", "8"]
+
+
 def settled(place: GatewayPlace, timed: int, version: str = "7") -> BackendCounts:
     """The counts once the histogram, which comes last, holds so many requests."""
     rig.until(lambda: of(place, version).timed == timed, 5)
@@ -96,13 +100,15 @@ def test_a_mirrors_answers_count_for_the_mirror(place: GatewayPlace, port: int, 
         mirror = rig.backend(other, "8", weight=0, mirror=True)
         gateway.apply_routes(place, Routes(backends=(rig.backend(port, timeout_s=1), mirror)))
         ask(place, "", 10)
-        rig.until(lambda: of(place, "8").requests == 10)
+        rig.until(lambda: copies(place).requests == 10)
         rig.tell(other, "/be/dead")
         ask(place, "", 5)
-        rig.until(lambda: of(place, "8").requests == 15)
+        rig.until(lambda: copies(place).requests == 15)
         rig.tell(other, "/be/hanging")
         ask(place, "", 2)
-        found = settled(place, 17, "8")
+        rig.until(lambda: copies(place).timed == 17, 5)
+        found = copies(place)
+        assert of(place, "8") == BackendCounts()
         assert (found.requests, found.errors, found.timeouts) == (17, 7, 2)
         assert (of(place).requests, of(place).errors) == (17, 0)
 

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.real
 EVERY_TIME = (
     *("fails_to_import", "one_class", "worse_on_one_class", "too_slow", "served_raises_on_load"),
     *("served_exits", "served_hangs", "served_nan", "served_wrong_shape", "served_leaks"),
-    "later_raises",
+    *("later_raises", "later_one_class"),
 )
 
 

@@ -55,14 +55,14 @@ def test_no_request_is_lost_from_shadow_to_all(tmp_path: Path) -> None:
                 for weight in (0, 5, 25, 100):
                     rig.tell(port, "/be/well" if weight else "/be/hanging")
                     candidate = rig.backend(port, str(number), weight=weight, mirror=not weight)
-                    staying = live.model_copy(update={"weight": 100 - weight})
+                    staying = live.model_copy(update={"weight": 100 - weight, "mirror": 0 < weight < 100})
                     gateway.apply_routes(place, Routes(backends=(staying, candidate)))
                     time.sleep(0.3)
                 gateway.apply_routes(place, Routes(backends=(candidate,)))
                 drain(place, live.version)
                 old.close()
                 old.push(new)
-                assert gateway.prune(place) == [live.cluster]
+                assert live.cluster in gateway.prune(place)
                 live = candidate
         assert clients.failures == []
         assert set(clients.answers) == {str(number) for number in range(6)}

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from torchrelay.config import GatewayPlace, Latency
 from torchrelay.delivery import evidence
-from torchrelay.delivery.evidence import Overdue, _begins, _block, _totals
+from torchrelay.delivery.evidence import Overdue, _begins, _block, _concerned, _totals
 from torchrelay.delivery.store import Rollout, State
 from torchrelay.handover import RouteShare, WantedVersion
 from torchrelay.serving.gateway_stats import BackendCounts, Bucket
 
-KEY = ("tiny", "2")
+KEY, LIVE = ("tiny", "2"), ("tiny", "1")
 OBJECTIVE = Latency(p99_ms=1000)
 
 
@@ -103,28 +103,27 @@ PLACE = GatewayPlace(folder=Path("/nowhere"), port=1, admin_port=2)
 
 
 @pytest.mark.parametrize(
-    ("stage", "routed", "in_flight", "begins"),
+    ("stage", "routed", "begins"),
     [
-        (0, None, 0, False),
-        (0, share(0, mirror=True), 0, True),
-        (0, share(5), 0, False),
-        (1, share(0, mirror=True), 0, False),
-        (1, share(5), 3, False),
-        (1, share(5), 0, True),
-        (2, share(25), 9, True),
+        (0, None, False),
+        (0, share(0, mirror=True), True),
+        (0, share(5), False),
+        (1, share(0, mirror=True), False),
+        (1, share(5), True),
+        (2, share(25), True),
     ],
 )
-def test_a_stage_begins_when_it_is_routed_and_the_copies_of_the_one_before_are_answered(
-    stage: int, routed: RouteShare | None, in_flight: int, begins: bool, monkeypatch: pytest.MonkeyPatch
+def test_a_stage_begins_when_it_is_routed(
+    stage: int, routed: RouteShare | None, begins: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(evidence.gateway, "shares", lambda _: (routed,) if routed else ())
-    monkeypatch.setattr(evidence.gateway_stats, "in_flight", lambda _: {KEY: in_flight})
     rollout = ROLLOUT.model_copy(update={"stage": stage, "since": time.time(), "weights": (0, 5, 25)})
     assert _begins(rollout, PLACE) is begins
 
 
-def test_copies_that_hang_do_not_keep_a_stage_from_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evidence.gateway, "shares", lambda _: (share(5),))
-    monkeypatch.setattr(evidence.gateway_stats, "in_flight", lambda _: {KEY: 3})
-    rollout = ROLLOUT.model_copy(update={"stage": 1, "since": time.time() - 60})
-    assert _begins(rollout, PLACE)
+@pytest.mark.parametrize(("shadow", "found"), [(None, {KEY: 5, LIVE: 90}), (KEY, {KEY: 70, LIVE: 90})])
+def test_a_shadow_is_judged_on_copies_and_everything_else_on_callers_requests(
+    shadow: tuple[str, str] | None, found: dict[tuple[str, str], int]
+) -> None:
+    assert _concerned({KEY: 5, LIVE: 90}, {KEY: 70, LIVE: 3}, shadow) == found
+    assert _concerned({LIVE: 90}, {}, KEY) == {LIVE: 90}

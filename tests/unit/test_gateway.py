@@ -15,7 +15,7 @@ from torchrelay.config import GatewayPlace, PublicPlace
 from torchrelay.errors import BusyError, ServingError
 from torchrelay.serving import gateway, ports
 from torchrelay.serving.gateway import Backend, Endpoint, Routes
-from torchrelay.serving.gateway_config import bootstrap, cluster
+from torchrelay.serving.gateway_config import bootstrap, clusters
 from torchrelay.serving.gateway_routes import route_file
 
 
@@ -79,8 +79,24 @@ def test_a_mirror_gets_a_copy_of_every_request_and_no_share() -> None:
         assert route["route"]["cluster"] != mirror.cluster
         policies = route["route"]["request_mirror_policies"]
         of_digits = route["match"]["path"] == "/predictions/digits"
-        assert [one["cluster"] for one in policies] == ([mirror.cluster] if of_digits else [])
+        assert [one["cluster"] for one in policies] == ([mirror.copies_cluster] if of_digits else [])
         assert all(one["runtime_fraction"]["default_value"]["numerator"] == 1_000_000 for one in policies)
+
+
+def test_a_mirror_that_answers_callers_gets_copies_of_what_the_others_answer() -> None:
+    mirror, new = backend(weight=95, mirror=True), backend(version="8", weight=5)
+    for route in actions(Routes(backends=(mirror, new))):
+        copied = [one["cluster"] for one in route["route"]["request_mirror_policies"]]
+        assert copied == ([] if route["route"]["cluster"] == mirror.cluster else [mirror.copies_cluster])
+
+
+def test_only_copies_pay_for_a_path_of_their_own() -> None:
+    def filters(one: dict[str, Any]) -> list[str]:
+        (options,) = one["typed_extension_protocol_options"].values()
+        return [found["name"].rpartition(".")[2] for found in options["http_filters"]]
+
+    assert [filters(one) for one in clusters(backend(mirror=True))] == [["upstream_codec"], ["lua", "upstream_codec"]]
+    assert [filters(one) for one in clusters(backend())] == [["upstream_codec"]]
 
 
 def test_a_component_without_any_weight_is_refused() -> None:
@@ -99,7 +115,7 @@ def test_endpoints_of_one_backend_are_asked_for_their_health_in_one_way() -> Non
 
 def test_a_health_check_looks_for_the_text_at_the_port_that_knows() -> None:
     point = Endpoint(host="127.0.0.1", port=1, health_port=2, health_path="/models/digits/7", health_text='"a": é')
-    found = cluster(Backend(**backend().model_dump(exclude={"endpoints"}), endpoints=(point,)))
+    (found,) = clusters(Backend(**backend().model_dump(exclude={"endpoints"}), endpoints=(point,)))
     (endpoint,) = found["load_assignment"]["endpoints"][0]["lb_endpoints"]
     assert endpoint["endpoint"]["health_check_config"] == {"port_value": 2}
     (check,) = found["health_checks"]
@@ -137,8 +153,6 @@ def test_versions_of_files_follow_their_content() -> None:
     [
         {"weight": -1},
         {"weight": 101},
-        {"weight": 1, "mirror": True},
-        {"mirror": True},
         {"max_requests_per_s": 0},
         {"port": 0},
         {"port": 70000},

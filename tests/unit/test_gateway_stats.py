@@ -64,7 +64,9 @@ def reading(epoch: str, **clusters: BackendCounts) -> Reading:
 
 
 def test_a_version_counts_over_all_of_its_clusters() -> None:
-    found = reading("1", mail_1_aa=of([1]), mail_1_bb=of([2, 3]), mail_2_cc=of([4])).versions
+    both = reading("1", mail_1_aa=of([1]), mail_1_bb=of([2, 3]), mail_2_cc=of([4]), **{"mail_1_aa~copies": of([5])})
+    found = both.versions
+    assert both.copies == {("mail", "1"): of([5])}
     assert found == {("mail", "1"): of([1, 2, 3]), ("mail", "2"): of([4])}
 
 

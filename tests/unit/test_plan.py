@@ -174,7 +174,7 @@ def test_the_next_version_comes_in_by_its_stages() -> None:
         step = world.step()
         if isinstance(step, Route):
             seen.append((served_by(world), world.mirror))
-    assert seen == [({A: 100}, B), ({A: 95, B: 5}, None), ({A: 75, B: 25}, None), ({B: 100}, None)]
+    assert seen == [({A: 100}, B), ({A: 95, B: 5}, A), ({A: 75, B: 25}, A), ({B: 100}, None)]
 
 
 def test_every_node_holds_the_candidate_before_it_gets_anything() -> None:

@@ -23,6 +23,10 @@ def line(number: int, **fields: Any) -> Prediction:
     return Prediction.model_validate(content)
 
 
+def copy(number: int, **fields: Any) -> Prediction:
+    return line(number, **{"version": "8", "shadow": True, **fields})
+
+
 def write(folder: Path, name: str, lines: Iterable[Prediction], more: bytes = b"", component: str = "tiny") -> Path:
     (folder / component).mkdir(parents=True, exist_ok=True)
     path = folder / component / f"{name}.jsonl"
@@ -195,8 +199,8 @@ def answer(*found: Any) -> dict[str, Any]:
     ],
 )
 def test_what_a_disagreement_is(live: dict[str, Any], shadow: dict[str, Any], kind: str | None, size: float) -> None:
-    comparison = Comparison()
-    comparison.add([line(1, **live), line(1, shadow=True, **shadow)])
+    comparison = Comparison("8", "7")
+    comparison.add([line(1, **live), copy(1, **shadow)])
     assert comparison.compared == 1
     assert comparison.disagreed == (kind is not None)
     assert [(one.difference.kind, one.difference.size) for one in comparison.worst] == (
@@ -206,34 +210,47 @@ def test_what_a_disagreement_is(live: dict[str, Any], shadow: dict[str, Any], ki
 
 def test_answers_known_by_their_hash_alone_are_compared_by_it() -> None:
     cut = [{"output": {"cut": 20000, "sha256": hash}} for hash in "ab"]
-    comparison = Comparison()
-    comparison.add(
-        [line(1, **cut[0]), line(1, shadow=True, **cut[0]), line(2, **cut[0]), line(2, shadow=True, **cut[1])]
-    )
-    comparison.add([line(3, **cut[0]), line(3, shadow=True, status=500)])
+    comparison = Comparison("8", "7")
+    comparison.add([line(1, **cut[0]), copy(1, **cut[0]), line(2, **cut[0]), copy(2, **cut[1])])
+    comparison.add([line(3, **cut[0]), copy(3, status=500)])
     assert (comparison.compared, comparison.disagreed, comparison.incomparable) == (2, 1, 1)
 
 
 def test_the_worst_are_kept_with_all_that_a_report_needs() -> None:
-    comparison = Comparison(version="8", tolerance=0.01, worst=3)
+    comparison = Comparison("8", "7", tolerance=0.01, worst=3)
     for number in range(1, 50):
         comparison.add([line(number, instances=[[number]], **answer(100.0))])
         shadow = {"status": 500} if number == 30 else answer(100.0 + number)
-        comparison.add([line(number, shadow=True, version="8", **shadow)])
+        comparison.add([copy(number, **shadow)])
         comparison.add([line(number, shadow=True, version="9", **answer(0))])
     assert (comparison.compared, comparison.disagreed) == (49, 48)
     worst = [one.as_json() for one in comparison.worst]
     assert [(one["id"], one["kind"]) for one in worst] == [("r30", "status"), ("r49", "number"), ("r48", "number")]
     assert worst[1]["live"] == {"version": "7", "status": 200, "output": {"predictions": [100.0]}}
-    assert worst[1]["shadow"]["output"] == {"predictions": [149.0]}
+    assert worst[1]["candidate"]["output"] == {"predictions": [149.0]}
     assert worst[1]["instances"] == [[49]]
     json.dumps(worst)
 
 
+def test_the_live_versions_answer_to_a_copy_is_compared_as_well() -> None:
+    comparison = Comparison("8", "7")
+    comparison.add([line(1, version="8", **answer({"class": 1})), line(1, shadow=True, **answer({"class": 2}))])
+    comparison.add([line(2), line(3, version="8"), copy(3, version="6"), copy(3, version="7")])
+    assert (comparison.compared, comparison.disagreed) == (2, 1)
+    (worst,) = (one.as_json() for one in comparison.worst)
+    assert (worst["live"]["version"], worst["live"]["output"]) == ("7", {"predictions": [{"class": 2}]})
+
+
+def test_two_lines_of_one_version_are_no_comparison() -> None:
+    comparison = Comparison("8", "7")
+    comparison.add([line(1), line(1, shadow=True), line(2, version="8"), copy(2)])
+    assert comparison.compared == 0
+
+
 def test_lines_without_an_id_are_nobodys_partner_nor_are_proofs() -> None:
-    comparison = Comparison()
-    comparison.add([line(1, id="golden-0123"), line(2, id="golden-0123", shadow=True)])
-    comparison.add([line(1, id=""), line(2, id="", shadow=True)])
+    comparison = Comparison("8", "7")
+    comparison.add([line(1, id="golden-0123"), copy(2, id="golden-0123")])
+    comparison.add([line(1, id=""), copy(2, id="")])
     assert comparison.compared == 0
 
 

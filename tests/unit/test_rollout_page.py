@@ -17,7 +17,7 @@ def summary(passed: bool = False, stages: tuple[str, ...] = ("shadow", "5 %")) -
 
 
 def disagreement(**changes: object) -> dict[str, object]:
-    known = {"id": "r-1", "kind": "class", "live": {"output": {"class": 1}}, "shadow": {"output": {"class": 2}}}
+    known = {"id": "r-1", "kind": "class", "live": {"output": {"class": 1}}, "candidate": {"output": {"class": 2}}}
     return {**known, **changes}
 
 

@@ -345,10 +345,10 @@ class Converger:
 
     def _route(self, state: State, step: Route, reports: Mapping[str, NodeReport]) -> None:
         there = known(state)
-        shares = [*step.weights, *([(step.mirror, 0)] if step.mirror else [])]
-        placed = {text(one): self.sight.places(state, one, step.nodes[one], reports) for one, _ in shares}
+        shares = ({step.mirror: 0} if step.mirror else {}) | dict(step.weights)
+        placed = {text(one): self.sight.places(state, one, step.nodes[one], reports) for one in shares}
         routes = []
-        for release, weight in shares:
+        for release, weight in sorted(shares.items()):
             routed = RoutedVersion(version=there[release], weight=weight, mirror=release == step.mirror)
             places = placed[text(release)]
             if [*places] != [self.perimeter.gateway_node]:  # its own engine is found wherever it listens next time

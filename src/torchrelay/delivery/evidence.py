@@ -1,4 +1,4 @@
-"""Gathers what a roll-out's stage is judged on: the gateway's counts, and the answers that shadows gave.
+"""Gathers what a roll-out's stage is judged on: the gateway's counts, and what both versions answered to one request.
 
 What was counted goes into the roll-out's state, so that an orchestrator that was killed goes on where it was. Only the
 worst disagreements, which are for people, and answers that still wait for their partner are kept in memory.
@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torchrelay.config import Component, GatewayPlace, Json, Latency, Perimeter, Stage
 from torchrelay.config import component as component_settings
@@ -22,7 +22,7 @@ from torchrelay.errors import TorchrelayError
 from torchrelay.gate import RolloutSummary, rollout_report
 from torchrelay.handover import HeldVersion, WantedVersion
 from torchrelay.serving import gateway, gateway_stats
-from torchrelay.serving.gateway_stats import BackendCounts, Reading
+from torchrelay.serving.gateway_stats import BackendCounts, Key, Reading
 from torchrelay.serving.predictions import (
     Comparison,
     Difference,
@@ -39,9 +39,10 @@ TOLERANCE = 0.05
 _PATIENCE = 20
 _ENOUGH_ERRORS = 20
 _REPLAY_S = 15.0
-_LEFTOVER_S = 5.0
 
 log = logging.getLogger(__name__)
+
+Figure = TypeVar("Figure")
 
 
 @dataclass
@@ -62,14 +63,14 @@ class Overdue:
     """
 
     def __init__(self) -> None:
-        self._begun: deque[tuple[float, dict[tuple[str, str], int]]] = deque()
+        self._begun: deque[tuple[float, dict[Key, int]]] = deque()
 
     def look(
         self,
-        counts: Mapping[tuple[str, str], BackendCounts],
-        in_flight: Mapping[tuple[str, str], int],
+        counts: Mapping[Key, BackendCounts],
+        in_flight: Mapping[Key, int],
         objective: Latency,
-    ) -> dict[tuple[str, str], int]:
+    ) -> dict[Key, int]:
         """How many requests, at least, each (component, version) has had under way for longer than the objective."""
         now = time.monotonic()
         versions = {*counts, *in_flight}
@@ -110,7 +111,7 @@ class CanaryEvidence:
         return state.model_copy(update={"rollout": _judged(rollout, found, stage)})
 
     def pages(self, state: State, perimeter: str, reason: str, *, passed: bool) -> dict[str, str]:
-        """The roll-out's page with the worst disagreements of its shadow, and these as JSON."""
+        """The roll-out's page with its worst disagreements with the live version, and these as JSON."""
         rollout = state.rollout
         if rollout is None:
             return {}
@@ -136,29 +137,33 @@ class CanaryEvidence:
         if "first" not in rollout.marks:
             rollout = rollout.model_copy(update={"since": time.time()})
         first = Reading.model_validate(rollout.marks["first"]) if "first" in rollout.marks else reading
-        since = reading.since(first).versions
+        counted, asked = reading.since(first), gateway_stats.in_flight(place)
+        shadow = (state.component, rollout.wanted.version) if _stage(policy, rollout).shadow else None
+        since = _concerned(counted.versions, counted.copies, shadow)
+        in_flight = _concerned(asked.versions, asked.copies, shadow)
         key = (state.component, rollout.wanted.version, rollout.since)
-        overdue = self._overdue.setdefault(key, Overdue()).look(since, gateway_stats.in_flight(place), policy.latency)
+        overdue = self._overdue.setdefault(key, Overdue()).look(since, in_flight, policy.latency)
         totals = _totals(state, rollout, since, overdue, policy.latency)
         before = rollout.marks.get("totals", dict.fromkeys(totals, 0))
-        compared, disagreed, tails = self._compared(state.component, rollout, perimeter)
+        compared, disagreed, tails = self._compared(state, rollout, perimeter)
         block = _block({name: max(0, value - before[name]) for name, value in totals.items()}, compared, disagreed)
         return rollout.model_copy(
             update={
                 "since": rollout.since,
                 "marks": {"first": first.model_dump(mode="json"), "totals": totals, "tails": tails},
                 "blocks": (*rollout.blocks, block) if any(block.model_dump().values()) else rollout.blocks,
-                "failed": rollout.failed + block.live_errors + (0 if _stage(policy, rollout).shadow else block.errors),
+                "failed": rollout.failed + block.live_errors + (0 if shadow else block.errors),
                 "figures": _quantiles(state, rollout, since),
             }
         )
 
-    def _compared(self, component: str, rollout: Rollout, perimeter: Perimeter) -> tuple[int, int, dict[str, Any]]:
+    def _compared(self, state: State, rollout: Rollout, perimeter: Perimeter) -> tuple[int, int, dict[str, Any]]:
         """How many more pairs of answers were compared, how many differed, and how far each node's log was read."""
+        component, live = state.component, state.live.version if state.live else ""
         key = (component, rollout.wanted.version, rollout.began)
         if key not in self._comparisons:
             others = {one: kept for one, kept in self._comparisons.items() if one[0] != component}
-            self._comparisons = {**others, key: Comparison(rollout.wanted.version, TOLERANCE)}
+            self._comparisons = {**others, key: Comparison(rollout.wanted.version, live, TOLERANCE)}
         comparison = self._comparisons[key]
         before = (comparison.compared, comparison.disagreed)
         tails = {}
@@ -190,17 +195,18 @@ def _place(perimeter: Perimeter) -> GatewayPlace:
 
 
 def _begins(rollout: Rollout, place: GatewayPlace) -> bool:
-    """Whether the gateway routes by the stage, and copies that a shadow stage left have been answered.
-
-    Before that, what is counted says nothing of this stage. Copies that hang are not waited for.
-    """
+    """Whether the gateway routes by the stage: before that, what is counted says nothing of it."""
     weight, key = rollout.weights[rollout.stage], (rollout.wanted.component, rollout.wanted.version)
     share = next((one for one in gateway.shares(place) if (one.component, one.version) == key), None)
-    if share is None or (share.weight, share.mirror) != (weight, weight == 0):
-        return False
-    after_shadow = bool(weight) and rollout.stage > 0 and rollout.weights[rollout.stage - 1] == 0
-    late = time.time() > rollout.since + _LEFTOVER_S
-    return not after_shadow or late or not gateway_stats.in_flight(place).get(key)
+    return share is not None and (share.weight, share.mirror) == (weight, weight == 0)
+
+
+def _concerned(answered: Mapping[Key, Figure], copies: Mapping[Key, Figure], shadow: Key | None) -> dict[Key, Figure]:
+    """Of each version what it is judged on: callers' requests, or, of a shadow, copies of them."""
+    if shadow is None:
+        return dict(answered)
+    found = {key: one for key, one in answered.items() if key != shadow}
+    return {**found, shadow: copies[shadow]} if shadow in copies else found
 
 
 def replay_on(perimeter: Perimeter, wanted: WantedVersion, policy: Component) -> Replayed:
@@ -318,8 +324,8 @@ def _stage(policy: Component, rollout: Rollout) -> Stage:
 def _totals(
     state: State,
     rollout: Rollout,
-    since: Mapping[tuple[str, str], BackendCounts],
-    overdue: Mapping[tuple[str, str], int],
+    since: Mapping[Key, BackendCounts],
+    overdue: Mapping[Key, int],
     objective: Latency,
 ) -> dict[str, int]:
     """Requests, failed and slow ones of both versions since the stage began; an overdue one counts as slow already."""
@@ -347,7 +353,7 @@ def _name(stage: Stage) -> str:
     return "Shadow" if stage.shadow else f"{stage.weight} %"
 
 
-def _quantiles(state: State, rollout: Rollout, counts: Mapping[tuple[str, str], BackendCounts]) -> dict[str, float]:
+def _quantiles(state: State, rollout: Rollout, counts: Mapping[Key, BackendCounts]) -> dict[str, float]:
     """p99 in ms of both versions over the stage, where it is known."""
     versions = {"p99_ms": rollout.wanted.version, "live_p99_ms": state.live.version if state.live else ""}
     found = {

@@ -33,7 +33,7 @@ class NodeView:
 
 @dataclass(frozen=True)
 class Routing:
-    """What the gateway does with the component: percent by release, copies, and the nodes that each release has."""
+    """What the gateway does with the component: percent by release, who gets copies, and each release's nodes."""
 
     weights: Mapping[Release, int] = field(default_factory=dict)
     mirror: Release | None = None
@@ -187,7 +187,10 @@ def _withdrawn(view: View) -> bool:
 
 
 def _wanted_split(view: View) -> tuple[dict[Release, int], Release | None]:
-    """Percent by release, and who gets copies."""
+    """Percent by release, and who gets copies: the candidate in a shadow stage, later what is live.
+
+    So every answer of the candidate is compared until it gets all requests, and no more is copied than that takes.
+    """
     if view.underway is None or view.underway.stage == LOADING:
         return ({view.live: 100} if view.live and not _withdrawn(view) else {}), None
     candidate = view.underway.candidate
@@ -196,7 +199,7 @@ def _wanted_split(view: View) -> tuple[dict[Release, int], Release | None]:
     weight = view.underway.weights[view.underway.stage]
     if weight == 0:
         return {view.live: 100}, candidate
-    return {view.live: 100 - weight, candidate: weight}, None
+    return {view.live: 100 - weight, candidate: weight}, view.live
 
 
 def _nodes_of(view: View, release: Release) -> frozenset[str]:
@@ -208,7 +211,7 @@ def _nodes_of(view: View, release: Release) -> frozenset[str]:
 def _route(view: View) -> Route | None:
     """The routes as they should be; None if some release that they need is nowhere held."""
     weights, mirror = _wanted_split(view)
-    needed = [*weights, *([mirror] if mirror else [])]
+    needed = weights.keys() | ({mirror} if mirror else set())
     nodes = {release: _nodes_of(view, release) for release in needed}
     if not all(nodes.values()):
         return None

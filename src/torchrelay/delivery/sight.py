@@ -66,7 +66,7 @@ class Sight:
         shares = [share for share in report.routed if share.component == state.component]
         names = {f"{state.component}@{release.version}": release for release in known(state)}
         return Routing(
-            weights={of_share(share): share.weight for share in shares if not share.mirror},
+            weights={of_share(share): share.weight for share in shares if share.weight},
             mirror=next((of_share(share) for share in shares if share.mirror), None),
             nodes={of_share(share): self._nodes_behind(share, state, reports) for share in shares},
             draining=frozenset(release for name, release in names.items() if name in report.draining),

@@ -30,7 +30,7 @@ def rollout_report(summary: RolloutSummary, disagreements: Sequence[Mapping[str,
             "id": one["id"],
             "kind": one["kind"],
             "live": _short(one["live"]),
-            "shadow": _short(one["shadow"]),
+            "candidate": _short(one["candidate"]),
             "inputs": _short(one.get("instances")),
         }
         for one in disagreements

@@ -42,8 +42,8 @@ from torchrelay.serving.gateway_config import (
     Backend,
     Routes,
     bootstrap,
-    cluster,
     cluster_file,
+    clusters,
     static_bootstrap,
 )
 from torchrelay.serving.gateway_routes import route_file
@@ -113,12 +113,11 @@ def apply_routes(place: GatewayPlace, routes: Routes, wait: bool = True) -> bool
     wanted = route_file(routes)
     if stands(place.folder / ROUTES, wanted) and (not wait or _routed_version(place) == wanted["version_info"]):
         return False
-    clusters = {found["name"]: found for found in _clusters(place)} | {
-        backend.cluster: cluster(backend) for backend in routes.backends
-    }
-    _deliver(place, CLUSTERS, cluster_file(list(clusters.values())), wait)
+    new = {one["name"]: one for backend in routes.backends for one in clusters(backend)}
+    there = {one["name"]: one for one in _clusters(place)}
+    _deliver(place, CLUSTERS, cluster_file(list((there | new).values())), wait)
     if wait:
-        names = {backend.cluster for backend in routes.backends}
+        names = new.keys()
         _until(lambda: names <= _active_clusters(place), "did not warm the new backends")
     _deliver(place, ROUTES, wanted, wait)
     if wait:
@@ -128,12 +127,12 @@ def apply_routes(place: GatewayPlace, routes: Routes, wait: bool = True) -> bool
 
 def prune(place: GatewayPlace) -> list[str]:
     """Take away the clusters that no route names and that have no request in flight; their names."""
-    kept = {backend.cluster for backend in live_backends(place)}
-    clusters = _clusters(place)
-    idle = {found["name"] for found in clusters if found["name"] not in kept}
+    kept = _kept(place)
+    there = _clusters(place)
+    idle = {found["name"] for found in there if found["name"] not in kept}
     idle -= {name for name, requests in _settled(place).items() if requests}
     if idle:
-        _deliver(place, CLUSTERS, cluster_file([found for found in clusters if found["name"] not in idle]), wait=True)
+        _deliver(place, CLUSTERS, cluster_file([found for found in there if found["name"] not in idle]), wait=True)
     return sorted(idle)
 
 
@@ -242,8 +241,13 @@ def _settled(place: GatewayPlace) -> dict[str, int]:
 
 def _leaving(place: GatewayPlace) -> dict[str, int]:
     """Requests in flight to backends that are routed no more, by the name of each cluster."""
-    kept = {backend.cluster for backend in live_backends(place)}
+    kept = _kept(place)
     return {name: requests for name, requests in _settled(place).items() if name not in kept}
+
+
+def _kept(place: GatewayPlace) -> set[str]:
+    """Names of the clusters that the running routes need."""
+    return {name for backend in live_backends(place) for name in backend.clusters}
 
 
 def _clusters(place: GatewayPlace) -> list[Json]:

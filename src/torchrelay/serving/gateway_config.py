@@ -40,6 +40,7 @@ RATE_LIMIT = "envoy.filters.http.local_ratelimit"
 LOCAL_RATE_LIMIT = f"{FILTERS}local_ratelimit.v3.LocalRateLimit"
 # The response filter takes this off again: by it, it tells Envoy's own replies from the engine's.
 OWN_REPLY = "x-torchrelay-own-reply"
+COPIES = "~copies"
 _REQUEST_HEADERS_TIMEOUT_S = 10
 REQUEST_TIMEOUT_S = 120
 
@@ -53,7 +54,10 @@ class Backend(Frozen):
     endpoints: tuple[Endpoint, ...] = Field(min_length=1)
     path: str = Field(description="What the engine calls it: the request's path is rewritten to this.")
     weight: int = Field(100, ge=0, le=100, description="Its share of the component's requests, relative; 0: none.")
-    mirror: bool = Field(False, description="Copies of all requests, whose answers nobody gets; the weight is 0.")
+    mirror: bool = Field(
+        False,
+        description="It gets copies of what the other backends answer, and nobody gets its answers to them.",
+    )
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="Larger request bodies get a 413.")
     timeout_s: int = Field(30, ge=1, description="After this a request is answered with 504, retries included.")
     max_pending: int = Field(1024, ge=1, description="Requests that may wait for a connection; more get a 503.")
@@ -69,17 +73,21 @@ class Backend(Frozen):
             raise ValueError(f"endpoints with different health checks: {sorted(checks)}; expected one for all")
         return self
 
-    @model_validator(mode="after")
-    def _mirror_without_weight(self) -> Self:
-        if self.mirror and self.weight:
-            raise ValueError(f"a mirror with weight {self.weight}; expected 0, since nobody gets its answers")
-        return self
-
     @property
     def cluster(self) -> str:
         """Name of its Envoy cluster; it keeps name, connections and counters whatever its share of requests is."""
         content = self.model_dump_json(exclude={"weight", "mirror", "max_requests_per_s"})
         return f"{self.component}@{self.version}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+    @property
+    def copies_cluster(self) -> str:
+        """Name of the cluster that copies go to: apart, so that nobody takes them for callers' requests."""
+        return f"{self.cluster}{COPIES}"
+
+    @property
+    def clusters(self) -> tuple[str, ...]:
+        """Names of all clusters that routes to it need."""
+        return (self.cluster, self.copies_cluster) if self.mirror else (self.cluster,)
 
 
 class Routes(Frozen):
@@ -268,21 +276,31 @@ def _access_log() -> Json:
     }
 
 
-def cluster(backend: Backend) -> Json:
-    """The backend as a cluster: health-checked, its failing endpoints put aside, its keep-alive shorter than theirs."""
+def clusters(backend: Backend) -> list[Json]:
+    """The backend's clusters: one for callers' requests and, for a mirror, one for copies of them.
+
+    A copy comes with the path of the version that answers, which a filter must replace: callers' requests, whose route
+    has done so, need not pay for that.
+    """
+    copies = [_cluster(backend, backend.copies_cluster, [_own_path(backend)])] if backend.mirror else []
+    return [_cluster(backend, backend.cluster, []), *copies]
+
+
+def _cluster(backend: Backend, name: str, filters: list[Json]) -> Json:
+    """Health-checked, its failing endpoints put aside, its keep-alive shorter than theirs."""
     points = [{"endpoint": _endpoint(point)} for point in backend.endpoints]
     return {
-        "name": backend.cluster,
+        "name": name,
         "type": "STATIC" if all(is_ip(point.host) for point in backend.endpoints) else "STRICT_DNS",
         "connect_timeout": "1s",
-        "load_assignment": {"cluster_name": backend.cluster, "endpoints": [{"lb_endpoints": points}]},
+        "load_assignment": {"cluster_name": name, "endpoints": [{"lb_endpoints": points}]},
         # Sick endpoints are asked only where all are sick; by default as soon as more than half of them are.
         "common_lb_config": {"healthy_panic_threshold": {"value": 1}},
         "health_checks": [_health_check(backend.endpoints[0])],
         "outlier_detection": _outlier_detection(),
         "circuit_breakers": {"thresholds": [_thresholds(backend)]},
         "typed_extension_protocol_options": {
-            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _upstream_http(backend)
+            "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": _upstream_http(filters)
         },
     }
 
@@ -292,18 +310,20 @@ def _endpoint(point: Endpoint) -> Json:
     return {"address": address(point.host, point.port), "health_check_config": health}
 
 
-def _upstream_http(backend: Backend) -> Json:
-    """HTTP/1.1, and the backend's own path: a mirrored request comes with the path of the version in service."""
+def _own_path(backend: Backend) -> Json:
+    """The filter that gives a copy the backend's own path."""
     lua = {"@type": f"{FILTERS}lua.v3.Lua", "default_source_code": {"inline_string": path_script(backend.path)}}
+    return {"name": "envoy.filters.http.lua", "typed_config": lua}
+
+
+def _upstream_http(filters: list[Json]) -> Json:
+    """HTTP/1.1, through these filters."""
     codec = {"@type": f"{FILTERS}upstream_codec.v3.UpstreamCodec"}
     return {
         "@type": f"{TYPES}envoy.extensions.upstreams.http.v3.HttpProtocolOptions",
         "explicit_http_config": {"http_protocol_options": {}},
         "common_http_protocol_options": {"idle_timeout": "60s"},
-        "http_filters": [
-            {"name": "envoy.filters.http.lua", "typed_config": lua},
-            {"name": "envoy.filters.http.upstream_codec", "typed_config": codec},
-        ],
+        "http_filters": [*filters, {"name": "envoy.filters.http.upstream_codec", "typed_config": codec}],
     }
 
 

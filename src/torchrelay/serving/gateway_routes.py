@@ -30,6 +30,7 @@ _NOT_FOR_ENGINES = (
     "cookie",
     "user-agent",
     "x-envoy-external-address",
+    "x-envoy-internal",
     "x-forwarded-for",
     "x-forwarded-proto",
     _SHADOW,
@@ -119,14 +120,13 @@ def _component_routes(backends: tuple[Backend, ...]) -> list[Json]:
     """The routes of one component: its backends by weight, then 405 for any other method."""
     path = f"/predictions/{backends[0].component}"
     total, below, found = sum(backend.weight for backend in backends), 0, []
-    mirrors = [backend for backend in backends if backend.mirror]
     for backend in backends:
         if not backend.weight:
             continue
         below += backend.weight
         # Envoy draws one number a request for all routes, so shares are cumulative and the last takes the rest.
         match = {"path": path, "runtime_fraction": _fraction(below / total)}
-        found += _backend_routes(match, backend, mirrors)
+        found += _backend_routes(match, backend, [other for other in backends if other.mirror and other != backend])
     return [*found, _wrong_method(path, "POST")]
 
 
@@ -168,12 +168,12 @@ def _action(backend: Backend, mirrors: list[Backend]) -> Json:
 
 
 def _mirrored(mirror: Backend) -> Json:
-    """Copies of all requests; each may take as long as the version in service may.
+    """Copies of all requests of a route; each may take as long as the version that answers may.
 
     Envoy appends -shadow to their host. A caller could do that as well, hence the header.
     """
     return {
-        "cluster": mirror.cluster,
+        "cluster": mirror.copies_cluster,
         "runtime_fraction": _fraction(1),
         "request_headers_mutations": [{"append": header(_SHADOW, "1")}],
     }

@@ -1,27 +1,31 @@
 """What the gateway has counted for each version since it started, read from Envoy's admin interface.
 
 Counted are requests to a version's clusters that have their final answer, from the engine or from Envoy in its stead:
-a retried attempt, a health check and a refusal that never reached a cluster (429, 413) are none. A mirrored request
-counts for the mirror. A cluster's counters begin at nothing with Envoy, and with itself: `prune` takes them away, so a
-total can fall. `read` and `Reading.since` see to that.
+a retried attempt, a health check and a refusal that never reached a cluster (429, 413) are none. What is mirrored is
+counted apart, for the mirror. A cluster's counters begin at nothing with Envoy, and with itself: `prune` takes them
+away, so a total can fall. `read` and `Reading.since` see to that.
 """
 
 import json
 import math
 from collections import Counter
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 from urllib.parse import urlencode
 
 from pydantic import Field
 
 from torchrelay.config import Frozen, GatewayPlace
 from torchrelay.serving.gateway_admin import admin
+from torchrelay.serving.gateway_config import COPIES
 
-__all__ = ["BackendCounts", "Bucket", "Reading", "counts", "epoch", "in_flight", "read"]
+__all__ = ["BackendCounts", "Bucket", "InFlight", "Reading", "counts", "epoch", "in_flight", "read"]
 
-_COUNTED = r"^cluster\.[^@]+@.+@[0-9a-f]{12}\.upstream_rq_(completed|5xx|timeout|time)$"
+_NAME = rf"[^@]+@.+@[0-9a-f]{{12}}({COPIES})?"
+_COUNTED = rf"^cluster\.{_NAME}\.upstream_rq_(completed|5xx|timeout|time)$"
+_ACTIVE = rf"^cluster\.{_NAME}\.upstream_rq_active$"
 
-_ACTIVE = r"^cluster\.[^@]+@.+@[0-9a-f]{12}\.upstream_rq_active$"
+Key = tuple[str, str]
+"""A component and its version."""
 
 
 class Bucket(Frozen):
@@ -107,12 +111,20 @@ class Reading(Frozen):
     clusters: dict[str, BackendCounts]
 
     @property
-    def versions(self) -> dict[tuple[str, str], BackendCounts]:
-        """The counts of each (component, version), over all of its clusters."""
-        found: dict[tuple[str, str], BackendCounts] = {}
+    def versions(self) -> dict[Key, BackendCounts]:
+        """What each (component, version) answered callers, over all of its clusters."""
+        return self._of(copies=False)
+
+    @property
+    def copies(self) -> dict[Key, BackendCounts]:
+        """What each (component, version) answered nobody, to copies of requests that another version answered."""
+        return self._of(copies=True)
+
+    def _of(self, *, copies: bool) -> dict[Key, BackendCounts]:
+        found: dict[Key, BackendCounts] = {}
         for name, one in self.clusters.items():
-            component, version = name.rpartition("@")[0].split("@", 1)
-            found[component, version] = found.get((component, version), BackendCounts()) + one
+            if name.endswith(COPIES) == copies:
+                found[_key(name)] = found.get(_key(name), BackendCounts()) + one
         return found
 
     def since(self, before: "Reading") -> "Reading":
@@ -124,7 +136,14 @@ class Reading(Frozen):
         return Reading(epoch=self.epoch, clusters=new)
 
 
-def counts(place: GatewayPlace) -> dict[tuple[str, str], BackendCounts]:
+class InFlight(NamedTuple):
+    """Requests that each (component, version) is answering, callers' and copies of them."""
+
+    versions: dict[Key, int]
+    copies: dict[Key, int]
+
+
+def counts(place: GatewayPlace) -> dict[Key, BackendCounts]:
     """What the gateway has counted for each (component, version) that has a cluster; one request, about 1 ms.
 
     ServingError where no gateway answers.
@@ -146,14 +165,20 @@ def epoch(place: GatewayPlace) -> str:
     return str(found["last_updated"])
 
 
-def in_flight(place: GatewayPlace) -> dict[tuple[str, str], int]:
-    """Requests that each (component, version) is answering now, copies included; ServingError without a gateway."""
+def in_flight(place: GatewayPlace) -> InFlight:
+    """What is being answered now; ServingError where no gateway answers."""
     query = urlencode({"filter": _ACTIVE, "format": "json"})
-    found: dict[tuple[str, str], int] = {}
+    found = InFlight({}, {})
     for one in json.loads(admin(place, f"/stats?{query}"))["stats"]:
-        component, version = one["name"].removeprefix("cluster.").rpartition("@")[0].split("@", 1)
-        found[component, version] = found.get((component, version), 0) + int(one["value"])
+        name = one["name"].removeprefix("cluster.").removesuffix(".upstream_rq_active")
+        kind = found.copies if name.endswith(COPIES) else found.versions
+        kind[_key(name)] = kind.get(_key(name), 0) + int(one["value"])
     return found
+
+
+def _key(cluster: str) -> Key:
+    component, version = cluster.rpartition("@")[0].split("@", 1)
+    return component, version
 
 
 def _counted(place: GatewayPlace) -> dict[str, BackendCounts]:

@@ -158,7 +158,7 @@ class Disagreement:
 
     difference: Difference
     live: Prediction
-    shadow: Prediction
+    candidate: Prediction
 
     def as_json(self) -> dict[str, Any]:
         """For a report: id, kind, size, both statuses and outputs, and the inputs where they were kept."""
@@ -169,7 +169,7 @@ class Disagreement:
             "size": self.difference.size,
             **{
                 side: {"version": one.version, "status": one.status, "output": one.output}
-                for side, one in (("live", self.live), ("shadow", self.shadow))
+                for side, one in (("live", self.live), ("candidate", self.candidate))
             },
             "instances": self.live.instances,
         }
@@ -185,7 +185,7 @@ class _Waiting:
 
 
 class Pairing:
-    """Joins live and shadow lines by request id as they come, in bounded memory.
+    """Joins the line of a request and that of its copy (live and shadow) by id as they come, in bounded memory.
 
     A line whose partner does not come within 60 s (by the lines' own times) has expired. An id that callers use
     twice at a time says nothing of who belongs to whom: such lines are dropped as ambiguous. All of it is counted.
@@ -231,16 +231,18 @@ def paired(live: Iterable[Prediction], shadow: Iterable[Prediction]) -> Iterator
 
 
 class Comparison:
-    """Compares the answers of a shadow with the live ones, line by line as they come, and keeps the worst.
+    """Compares a candidate's answers with the live version's, line by line as they come, and keeps the worst.
+
+    Either answers the caller, the other a copy of the same request.
 
     Disagreement: other keys, lengths or kinds of value; for predictions with a `class` another class; else any number
     that differs by more than `tolerance` relative to the larger of the two; any other value or status. Two answers that
     were both too long for the log agree if their hashes do and are `incomparable` else.
     """
 
-    def __init__(self, version: str | None = None, tolerance: float = 0.05, worst: int = 20) -> None:
-        """`version` is the shadow's; lines of other shadows are passed over. None: any."""
-        self.version, self.tolerance, self.max_worst = version, tolerance, worst
+    def __init__(self, candidate: str, live: str, tolerance: float = 0.05, worst: int = 20) -> None:
+        """Of these two versions; lines of others are passed over."""
+        self.candidate, self.live, self.tolerance, self.max_worst = candidate, live, tolerance, worst
         self.pairing = Pairing()
         self.compared = self.disagreed = self.incomparable = 0
         self.worst: list[Disagreement] = []
@@ -248,19 +250,21 @@ class Comparison:
     def add(self, predictions: Iterable[Prediction]) -> None:
         """Take in lines of both kinds, in any order that is roughly that of time."""
         for one in predictions:
-            other_shadow = one.shadow and self.version not in (None, one.version)
-            if one.id and not one.ours and not other_shadow and (pair := self.pairing.add(one)):
-                self._compare(*pair)
+            known = one.version in (self.candidate, self.live)
+            if known and one.id and not one.ours and (pair := self.pairing.add(one)):
+                by_version = {line.version: line for line in pair}
+                if len(by_version) == 2:
+                    self._compare(by_version[self.live], by_version[self.candidate])
 
-    def _compare(self, live: Prediction, shadow: Prediction) -> None:
-        if _incomparable(live, shadow):
+    def _compare(self, live: Prediction, candidate: Prediction) -> None:
+        if _incomparable(live, candidate):
             self.incomparable += 1
             return
         self.compared += 1
-        found = difference(live, shadow, self.tolerance)
+        found = difference(live, candidate, self.tolerance)
         if found is not None:
             self.disagreed += 1
-            self.worst.append(Disagreement(found, live, shadow))
+            self.worst.append(Disagreement(found, live, candidate))
             self.worst.sort(key=lambda one: one.difference, reverse=True)
             del self.worst[self.max_worst :]
 
