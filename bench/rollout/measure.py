@@ -8,17 +8,23 @@ one that has served before would skip the stages, and then promotes and rolls ba
 second at 25 %, then all requests. Half of the clients keep their connection.
 
 Then the latency of an open load, a quarter of what production can answer: new versions roll out one after the other
-(mirrored, 5 %, 25 %, all), and the 99th percentile while they do is set against that of the stretches between.
+(mirrored, 5 %, 25 %, all), and the 99th percentile while they do is set against that of the stretches between. Beside
+it stands what each phase of a roll-out adds, whose beginnings the orchestrator's log tells.
 """
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import subprocess
 import sys
 import time
 import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +32,7 @@ import report
 from checkout import Checkout
 from copied import add_options, measure_in_copy
 from redeploy.clients import Clients
-from rollout.openload import OpenLoad, p99_ms
+from rollout.openload import Answered, OpenLoad, p99_ms
 from torchrelay import lineage
 from torchrelay.config import read_json, site, write_json
 from torchrelay.errors import TrackingError
@@ -45,6 +51,17 @@ _SAMPLES = 1500
 # What a version does not share with another one of its run.
 _OF_ITS_OWN = {lineage.TAG_ARCHIVE_URL, lineage.TAG_DIGEST, lineage.TAG_PROOF}
 _STEADY_S = 20
+_LOG = Path(".torchrelay/logs/production-orchestrator.log")
+# How each phase begins in the orchestrator's log.
+_PHASES = {
+    "the gate looks": r"looking at",
+    "it loads on the nodes": r"\S+: Begin",
+    "mirrored": r"\S+: Advance\(stage=0",
+    "5 %": r"\S+: Advance\(stage=1",
+    "25 %": r"\S+: Advance\(stage=2",
+    "all": r"\S+: Advance\(stage=3",
+    "": r"\S+: Commit",
+}
 _CAPACITY_S = 8
 _POLICY = {
     "metric": {"floor": 0.0, "allowed_regression": 1.0, "allowed_slice_regression": None},
@@ -129,7 +146,30 @@ def under_open_load(copy: Checkout, url: str, body: bytes, versions: list[str]) 
         "steady_p99_ms": [p99_ms([one for one in answers if a <= one.due < b]) for a, b, _ in stretches],
         "rollout_p99_ms": [p99_ms([one for one in answers if b <= one.due < c]) for _, b, c in stretches],
         "rollout_s": [c - b for _, b, c in stretches],
+        "phases": by_phase(answers, list(phases(copy.folder / _LOG))),
     }
+
+
+def phases(log: Path) -> Iterator[tuple[float, str]]:
+    """When each phase of each roll-out began, by the monotonic clock, and its name."""
+    offset = time.time() - time.monotonic()
+    for line in log.read_text().splitlines():
+        found = re.match(r"(\S+ \S+) INFO (.*)", line)
+        name = next((name for name, begins in _PHASES.items() if found and re.match(begins, found[2])), None)
+        if found and name is not None:
+            yield datetime.strptime(found[1], "%Y-%m-%d %H:%M:%S,%f").timestamp() - offset, name
+
+
+def by_phase(answers: list[Answered], begins: list[tuple[float, str]]) -> dict[str, dict[str, float]]:
+    """How long each phase lasted over all roll-outs, in seconds, and the 99th percentile in it."""
+    lasted: dict[str, float] = defaultdict(float)
+    fell: dict[str, list[Answered]] = defaultdict(list)
+    for (begin, name), (end, _) in pairwise(begins):
+        found = [one for one in answers if name and begin <= one.due < end]
+        if found:
+            lasted[name] += end - begin
+            fell[name] += found
+    return {name: {"s": lasted[name], "p99_ms": p99_ms(found)} for name, found in fell.items()}
 
 
 def train(copy: Checkout, component: str) -> ArchiveRecord:
@@ -259,7 +299,9 @@ def open_table(opened: dict[str, Any]) -> str:
         ["p99 in roll-outs, ms", ", ".join(f"{one:.1f}" for one in rolling), ""],
         ["the one ÷ the other, median", f"{ratio:.2f}", f"at most {BAR_P99}, {report.verdict(ratio <= BAR_P99)}"],
     ]
-    return report.table(["open load", "", "bar"], rows)
+    told = [[name, f"{one['s']:.0f}", f"{one['p99_ms']:.1f}"] for name, one in opened["phases"].items()]
+    by = report.table(["phase of the roll-outs", "s in all", "p99, ms"], told)
+    return f"{report.table(['open load', '', 'bar'], rows)}\n\n{by}"
 
 
 def spread(seconds: list[float]) -> str:
