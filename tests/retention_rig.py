@@ -10,7 +10,7 @@ import pytest
 
 from torchrelay import config
 from torchrelay.config import Node, NodeConfig, Perimeter, Site, TrackingServer, write_json
-from torchrelay.delivery import reach, retention
+from torchrelay.delivery import reach, survey
 from torchrelay.delivery.store import State, store
 from torchrelay.handover import Desired, HeldVersion, Manifest, NodeReport, WantedVersion
 from torchrelay.lineage import TAG_DIGEST, TAG_ENVIRONMENT
@@ -207,6 +207,6 @@ def rig(root: Path, monkeypatch: pytest.MonkeyPatch) -> Rig:
     config.settings.cache_clear()
     made = Rig(root)
     monkeypatch.setattr(reach, "observe_on", made.observe)
-    monkeypatch.setattr(retention, "Tracking", lambda url: made.tracking)
+    monkeypatch.setattr(survey, "Tracking", lambda url: made.tracking)
     made.fill()
     return made

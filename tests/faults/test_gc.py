@@ -14,9 +14,10 @@ from tests.e2e.conftest import mlflow_server  # noqa: F401
 from tests.retention_rig import NODES, VERSIONS, Rig, archive, digest, rig, wanted
 from torchrelay import config
 from torchrelay.config import Retention
-from torchrelay.delivery import retention
-from torchrelay.delivery.retention import sweep
+from torchrelay.delivery import survey
+from torchrelay.delivery import sweep as sweeping
 from torchrelay.delivery.store import State, store
+from torchrelay.delivery.sweep import sweep
 from torchrelay.errors import TorchrelayError
 from torchrelay.lineage import TAG_DIGEST
 from torchrelay.rest import Rest
@@ -180,7 +181,7 @@ def registry(site: Rig, mlflow_server: str, monkeypatch: pytest.MonkeyPatch) -> 
         if tracking.version("tiny", str(number)) is None:
             assert _register(tracking, number) == str(number)
     tracking.set_alias("tiny", "production", "2")
-    monkeypatch.setattr(retention, "Tracking", lambda url: tracking)
+    monkeypatch.setattr(survey, "Tracking", lambda url: tracking)
     return tracking
 
 
@@ -197,7 +198,7 @@ def test_versions_go_with_their_archives_and_their_runs_stay(site: Rig, registry
     # Killed when the first version is gone and none of its artifacts is.
     child = os.fork()
     if not child:
-        retention._delete_artifact = delete_nothing
+        sweeping._delete_artifact = delete_nothing
         sweep(site.site, policy)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -18,9 +18,12 @@ from tests.retention_rig import NODES, OLD, VERSIONS, FakeTracking, Rig, archive
 from torchrelay import config
 from torchrelay.cli import gc as cli_gc
 from torchrelay.config import Retention, write_json
-from torchrelay.delivery import reach, retention
-from torchrelay.delivery.retention import Fate, Kind, Survey, Thing, Window, plan, sweep
+from torchrelay.delivery import reach, survey
+from torchrelay.delivery import sweep as sweeping
+from torchrelay.delivery.retention import Fate, Kind, Thing, Window, plan
 from torchrelay.delivery.store import Rollout, Served, State
+from torchrelay.delivery.survey import Survey
+from torchrelay.delivery.sweep import sweep
 from torchrelay.errors import ServingError
 from torchrelay.handover import ArchiveRecord, RoutedVersion
 
@@ -260,25 +263,25 @@ def test_a_node_that_cannot_be_asked_keeps_all_that_the_window_may_speak_of(
         raise ServingError("its engine hangs", "an answer", "make status")
 
     monkeypatch.setattr(reach, "observe_on", silent)
-    survey = Survey(site.site, GREEDY)
-    assert not [one for one in survey.plan() if one.goes]
-    assert any("its engine hangs" in note for note in survey.notes)
+    look = Survey(site.site, GREEDY)
+    assert not [one for one in look.plan() if one.goes]
+    assert any("its engine hangs" in note for note in look.notes)
 
 
 @pytest.mark.parametrize("broken", ["desired.json", "control.db"])
 def test_a_memory_that_cannot_be_read_keeps_everything(site: Rig, broken: str) -> None:
     file = site.node("production-1") / broken if broken == "desired.json" else site.state / "perimeters/dev" / broken
     file.write_bytes(b"no such thing" * 100)
-    survey = Survey(site.site, GREEDY)
-    assert not [one for one in survey.plan() if one.goes]
-    assert survey.notes
+    look = Survey(site.site, GREEDY)
+    assert not [one for one in look.plan() if one.goes]
+    assert look.notes
 
 
 def test_the_registry_being_down_is_said_and_keeps_environments(site: Rig) -> None:
     site.tracking.known = None
-    survey = Survey(site.site, GREEDY)
-    fates = survey.plan()
-    assert "does not answer" in survey.notes[0]
+    look = Survey(site.site, GREEDY)
+    fates = look.plan()
+    assert "does not answer" in look.notes[0]
     assert {one.thing.kind for one in fates if one.goes} == {"archive"}
 
 
@@ -400,7 +403,8 @@ def test_the_setting_for_dvc_asks_dvc(site: Rig, monkeypatch: pytest.MonkeyPatch
         asked.append(words)
         return f"Removing {unused}\n"
 
-    monkeypatch.setattr(retention, "_dvc_gc", dvc)
+    for module in (survey, sweeping):
+        monkeypatch.setattr(module, "dvc_gc", dvc)
     assert "cdef" not in _gone(site, Retention())
     assert not asked
     assert "cdef" in _gone(site, Retention(dvc_cache=True))

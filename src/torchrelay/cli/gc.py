@@ -23,7 +23,8 @@ def gc(confirm: str, as_json: bool) -> None:
 
     What serves, what comes and what one may roll back to always stay.
     """
-    from torchrelay.delivery.retention import Survey, sweep
+    from torchrelay.delivery.survey import Survey
+    from torchrelay.delivery.sweep import sweep
 
     here, retention = site(), settings().retention
     if confirm != "yes":
