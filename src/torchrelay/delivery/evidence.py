@@ -5,55 +5,25 @@ worst disagreements, which are for people, and answers that still wait for their
 """
 
 import json
-import logging
 import math
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from torchrelay.config import Component, GatewayPlace, Json, Latency, Perimeter, Stage
+from torchrelay.config import Component, GatewayPlace, Latency, Perimeter, Stage
 from torchrelay.config import component as component_settings
 from torchrelay.delivery import reach
 from torchrelay.delivery.canary import Block, Judgement, judge, replay
+from torchrelay.delivery.replaying import TOLERANCE, replay_on
 from torchrelay.delivery.store import Rollout, State
 from torchrelay.errors import TorchrelayError
 from torchrelay.gate import RolloutSummary, rollout_report
-from torchrelay.handover import HeldVersion, WantedVersion
 from torchrelay.serving import gateway, gateway_stats
 from torchrelay.serving.gateway_stats import BackendCounts, Key, Reading
-from torchrelay.serving.predictions import (
-    Comparison,
-    Difference,
-    Disagreement,
-    Prediction,
-    Request,
-    Tail,
-    difference,
-    replayable,
-)
-
-TOLERANCE = 0.05
-# A replayed request that takes this many times the latency objective counts as failed.
-_PATIENCE = 20
-_ENOUGH_ERRORS = 20
-_REPLAY_S = 15.0
-
-log = logging.getLogger(__name__)
+from torchrelay.serving.predictions import Comparison, Prediction, Tail
 
 Figure = TypeVar("Figure")
-
-
-@dataclass
-class Replayed:
-    """What came of sending logged requests to a version."""
-
-    compared: int = 0
-    disagreed: int = 0
-    errors: int = 0
-    milliseconds: list[float] = field(default_factory=list)
-    worst: list[Disagreement] = field(default_factory=list)
 
 
 class Overdue:
@@ -66,10 +36,7 @@ class Overdue:
         self._begun: deque[tuple[float, dict[Key, int]]] = deque()
 
     def look(
-        self,
-        counts: Mapping[Key, BackendCounts],
-        in_flight: Mapping[Key, int],
-        objective: Latency,
+        self, counts: Mapping[Key, BackendCounts], in_flight: Mapping[Key, int], objective: Latency
     ) -> dict[Key, int]:
         """How many requests, at least, each (component, version) has had under way for longer than the objective."""
         now = time.monotonic()
@@ -207,109 +174,6 @@ def _concerned(answered: Mapping[Key, Figure], copies: Mapping[Key, Figure], sha
         return dict(answered)
     found = {key: one for key, one in answered.items() if key != shadow}
     return {**found, shadow: copies[shadow]} if shadow in copies else found
-
-
-def replay_on(perimeter: Perimeter, wanted: WantedVersion, policy: Component) -> Replayed:
-    """Send the newest logged requests of the perimeter to this version on a node that holds it, and compare.
-
-    Nothing is sent, and so nothing compared, where nothing was logged with its inputs. It ends early when so many
-    failed that no more are needed to know, and after a quarter of a minute, since nothing else is looked at meanwhile.
-    """
-    found = Replayed()
-    held = _somewhere(perimeter, wanted)
-    if held is None:
-        return found
-    patience_s, end = patience(policy), time.monotonic() + _REPLAY_S
-    for request in logged_requests(perimeter, wanted.component, policy.rollout.replay_requests):
-        if time.monotonic() > end:
-            break
-        answer = _send(held, wanted, request, patience_s)
-        found.milliseconds.append(answer.milliseconds)
-        if answer.status >= 500:
-            found.errors += 1
-            if found.errors >= _ENOUGH_ERRORS:
-                break
-            continue
-        found.compared += 1
-        how: Difference | None = difference(request.logged, answer, TOLERANCE)
-        if how is not None:
-            found.disagreed += 1
-            found.worst.append(Disagreement(how, request.logged, answer))
-    found.worst = sorted(found.worst, key=lambda one: one.difference, reverse=True)[:20]
-    return found
-
-
-def patience(policy: Component) -> float:
-    """How long a replayed request may take, in seconds: one that hangs must not hold up every roll-out."""
-    return min(float(policy.serving.response_timeout_s), _PATIENCE * policy.latency.p99_ms / 1000)
-
-
-def logged_requests(perimeter: Perimeter, component: str, limit: int) -> list[Request]:
-    """The newest distinct logged requests over all nodes that were answered and can be sent again, newest first."""
-    requests = [
-        one
-        for node in perimeter.nodes
-        if node.holds
-        for one in replayable(reach.config_of(node).predictions, component, limit)
-    ]
-    return sorted(requests, key=lambda one: -one.logged.time)[:limit]
-
-
-def _somewhere(perimeter: Perimeter, wanted: WantedVersion) -> HeldVersion | None:
-    """The version on the first node that holds it in good health."""
-    for node in (one for one in perimeter.nodes if one.holds):
-        try:
-            report = reach.observe_on(node)
-        except TorchrelayError as error:
-            log.warning("%s", error.found)
-            continue
-        for one in report.held:
-            if (one.component, one.version, one.digest) == (wanted.component, wanted.version, wanted.digest):
-                return one
-    return None
-
-
-def _send(held: HeldVersion, wanted: WantedVersion, request: Request, patience_s: float) -> Prediction:
-    """The answer, as the log would have it. A request that gets none counts as 504. Logged as a shadow's."""
-    import urllib3
-
-    logged, body = request.logged, request.body
-    url = f"http://{held.endpoint.host}:{held.endpoint.port}{held.path}"
-    headers = {
-        "x-torchrelay-shadow": "1",
-        "content-type": request.content_type,
-        "x-torchrelay-request-id": f"replay-{logged.id}"[:128],
-    }
-    began = time.monotonic()
-    try:
-        answer = urllib3.request("POST", url, body=body, headers=headers, timeout=patience_s, retries=False)
-        status, data = answer.status, answer.data
-    except urllib3.exceptions.HTTPError as error:
-        status, data = 504, json.dumps({"error": str(error)}).encode()
-    given = {"status": status, "output": _parsed(data), "milliseconds": 1000 * (time.monotonic() - began)}
-    return answered(logged, given, wanted.version, wanted.digest)
-
-
-def answered(logged: Prediction, answer: Json, version: str, digest: str) -> Prediction:
-    """A version's answer to a logged request, as the log would have it."""
-    return Prediction(
-        id=logged.id,
-        time=time.time(),
-        version=version,
-        digest=digest,
-        shadow=True,
-        status=answer["status"],
-        milliseconds=answer["milliseconds"],
-        summary=None,
-        output=answer["output"],
-    )
-
-
-def _parsed(data: bytes) -> Any:
-    try:
-        return json.loads(data)
-    except ValueError:
-        return data.decode(errors="replace")
 
 
 def _stage(policy: Component, rollout: Rollout) -> Stage:

@@ -16,7 +16,7 @@ from torchrelay import archive, components, gate
 from torchrelay.config import Component, Json, Perimeter, Site, component_names, read_json, root, settings, write_file
 from torchrelay.config import component as component_settings
 from torchrelay.delivery.admission import Gatekeeper, decision, refusal, tags_hash, wanted_version
-from torchrelay.delivery.evidence import TOLERANCE, answered, logged_requests, patience
+from torchrelay.delivery.replaying import TOLERANCE, answered, logged_requests, patience
 from torchrelay.delivery.store import Admission
 from torchrelay.errors import ArchiveError, ConfigError, DataError, TorchrelayError
 from torchrelay.handover import Environment, Evaluation, Manifest, WantedVersion
