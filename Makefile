@@ -85,8 +85,7 @@ bench: .venv/run.stamp environment ## Measure against peers, see docs/performanc
 	.venv/bin/python bench/$(or $(BENCH),serving)/run $(ARGS)
 
 bench-rollout: .venv/run.stamp environment ## Measure roll-outs under load, recovery from faults, bad and good models: an hour
-	.venv/bin/python bench/rollout/run $(ARGS)
-	.venv/bin/python bench/recovery/run
+	.venv/bin/python bench/rollout/run $(ARGS) && .venv/bin/python bench/recovery/run
 
 lock: .venv/dev.stamp ## Write all locks anew from their .in files [UPGRADE=yes]
 	requirements/lock $(if $(UPGRADE),--upgrade)

@@ -14,6 +14,15 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def _settings_of_its_own() -> Iterator[None]:
+    """What a test read of the settings, under variables of its own, is no other test's."""
+    from torchrelay.config import settings
+
+    yield
+    settings.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def component_python() -> str:
     """The interpreter of a built component environment: torch, torchserve and the component's own packages."""

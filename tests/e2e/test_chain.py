@@ -100,7 +100,7 @@ def test_a_prediction_is_served_and_traced_to_its_version(deployed: Checkout) ->
 
 def test_status_says_what_is_wanted_and_what_each_node_runs(deployed: Checkout) -> None:
     found = _status(deployed)
-    assert found["tracking"] == {"url": deployed.tracking, "healthy": True}
+    assert found["tracking"] == {"url": deployed.tracking, "public": None, "healthy": True}
     state = found["perimeters"]["dev"]["components"][COMPONENT]
     assert found["perimeters"]["dev"]["gateway"] == deployed.gateway
     assert state["converged"] is True

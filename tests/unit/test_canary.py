@@ -143,6 +143,7 @@ def test_no_disagreement_at_all_can_be_asked_for():
     [
         {"requests": 1, "errors": 2},
         {"requests": 1, "slow": 2},
+        {"requests": 2, "timed": 1, "slow": 2},
         {"live_requests": 1, "live_errors": 2},
         {"live_requests": 1, "live_slow": 2},
         {"compared": 1, "disagreed": 2},

@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrelay.config import GatewayPlace, Latency
+from torchrelay.config import GatewayPlace, Latency, Stage
+from torchrelay.config import Rollout as Policy
 from torchrelay.delivery import evidence
+from torchrelay.delivery.canary import judge
 from torchrelay.delivery.evidence import Overdue, _begins, _block, _concerned, _totals
+from torchrelay.delivery.sequential import Sample
 from torchrelay.delivery.store import Rollout, State
 from torchrelay.handover import RouteShare, WantedVersion
 from torchrelay.serving.gateway_stats import BackendCounts, Bucket
@@ -86,13 +89,21 @@ def test_what_was_counted_while_it_hung_is_not_counted_again_when_it_ends(monkey
 
 @given(
     st.fixed_dictionaries(
-        {f"{p}{n}": st.integers(0, 50) for p in ("", "live_") for n in ("requests", "errors", "slow")}
+        {f"{p}{n}": st.integers(0, 50) for p in ("", "live_") for n in ("requests", "errors", "timed", "slow")}
     )
 )
 def test_a_block_is_always_one_that_can_be(counted: dict[str, int]) -> None:
     block = _block(counted, compared=3, disagreed=1)
     assert block.errors <= block.requests
-    assert block.live_slow <= block.live_requests
+    assert block.live_slow <= (block.live_timed or 0)
+
+
+def test_a_time_that_comes_late_is_told_of_the_requests_that_it_is_of() -> None:
+    """Nine slow requests of the stage before become known when nine fast ones of this one were counted."""
+    counted = {"requests": 9, "errors": 0, "timed": 160, "slow": 9}
+    block = _block(counted | {f"live_{name}": value for name, value in counted.items()}, compared=0, disagreed=0)
+    assert block.times[0] == Sample(160, 9)
+    assert judge(Policy(), Stage(weight=5), [block], 5).kind != "breach"
 
 
 def share(weight: int, mirror: bool = False) -> RouteShare:

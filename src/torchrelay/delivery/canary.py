@@ -18,7 +18,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from torchrelay.config import Frozen, Rollout, Stage
-from torchrelay.delivery.sequential import Sample, exceeds_limit, exceeds_live
+from torchrelay.delivery.sequential import Pair, Sample, exceeds_limit, exceeds_live
 
 Kind = Literal["bake", "pass", "breach", "starved"]
 RuleName = Literal["errors", "latency", "disagreement"]
@@ -34,20 +34,34 @@ class Block(Frozen):
 
     requests: int = Field(0, ge=0, description="The candidate's; in a shadow stage copies of the live version's.")
     errors: int = Field(0, ge=0, description="How many of them failed.")
-    slow: int = Field(0, ge=0, description="How many of them took longer than latency.p99_ms, failed or not.")
+    timed: int | None = Field(
+        None, ge=0, description="Of how many the time became known, which may follow a moment later. None: of these."
+    )
+    slow: int = Field(0, ge=0, description="How many of the timed took longer than latency.p99_ms, failed or not.")
     live_requests: int = Field(0, ge=0, description="The live version's, in the same time.")
     live_errors: int = Field(0, ge=0)
+    live_timed: int | None = Field(None, ge=0)
     live_slow: int = Field(0, ge=0)
     compared: int = Field(0, ge=0, description="Shadowed requests that both answered.")
     disagreed: int = Field(0, ge=0, description="How many of them the two answered differently.")
 
     @model_validator(mode="after")
     def _parts_of_wholes(self) -> "Block":
-        if max(self.errors, self.slow) > self.requests or max(self.live_errors, self.live_slow) > self.live_requests:
-            raise ValueError("there are more failed or slow requests than requests")
+        if self.errors > self.requests or self.live_errors > self.live_requests:
+            raise ValueError("there are more failed requests than requests")
+        candidate, live = self.times
+        if self.slow > candidate.n or self.live_slow > live.n:
+            raise ValueError("there are more slow requests than requests whose time is known")
         if self.disagreed > self.compared:
             raise ValueError("there are more disagreements than compared answers")
         return self
+
+    @property
+    def times(self) -> Pair:
+        """How many requests were slow, of those whose time is known: the candidate's and the live version's."""
+        candidate = self.requests if self.timed is None else self.timed
+        live = self.live_requests if self.live_timed is None else self.live_timed
+        return Sample(candidate, min(self.slow, candidate)), Sample(live, min(self.live_slow, live))
 
 
 class Judgement(Frozen):
@@ -126,7 +140,7 @@ def replay(policy: Rollout, compared: int, disagreed: int, errors: int, slow: in
 
 def _rules(policy: Rollout, blocks: Sequence[Block]) -> dict[RuleName, _Rule]:
     errors = [(Sample(b.requests, b.errors), Sample(b.live_requests, b.live_errors)) for b in blocks]
-    slow = [(Sample(b.requests, b.slow), Sample(b.live_requests, b.live_slow)) for b in blocks]
+    slow = [b.times for b in blocks]
     compared = [Sample(b.compared, b.disagreed) for b in blocks]
     return {
         "errors": _beside_live("errors", errors, policy.max_error_excess),

@@ -112,8 +112,10 @@ class CanaryEvidence:
         overdue = self._overdue.setdefault(key, Overdue()).look(since, in_flight, policy.latency)
         totals = _totals(state, rollout, since, overdue, policy.latency)
         before = rollout.marks.get("totals", dict.fromkeys(totals, 0))
+        # One that hung has ended before its time is known: what was counted once is not counted again.
+        totals = {name: max(value, before[name]) for name, value in totals.items()}
         compared, disagreed, tails = self._compared(state, rollout, perimeter)
-        block = _block({name: max(0, value - before[name]) for name, value in totals.items()}, compared, disagreed)
+        block = _block({name: value - before[name] for name, value in totals.items()}, compared, disagreed)
         return rollout.model_copy(
             update={
                 "since": rollout.since,
@@ -192,7 +194,7 @@ def _totals(
     overdue: Mapping[Key, int],
     objective: Latency,
 ) -> dict[str, int]:
-    """Requests, failed and slow ones of both versions since the stage began; an overdue one counts as slow already."""
+    """Requests, failed, timed and slow ones of both versions since the stage began; an overdue one is slow already."""
     found = {}
     versions = {"": rollout.wanted.version, "live_": state.live.version if state.live else ""}
     for prefix, version in versions.items():
@@ -200,16 +202,21 @@ def _totals(
         late = overdue.get((state.component, version), 0)
         found[f"{prefix}requests"] = counts.requests + late
         found[f"{prefix}errors"] = counts.errors
+        found[f"{prefix}timed"] = counts.timed + late
         found[f"{prefix}slow"] = counts.slower_than(objective.p99_ms) + late
     return found
 
 
 def _block(counted: Mapping[str, int], compared: int, disagreed: int) -> Block:
-    """One block. Latency follows the other figures by a moment: no more can be slow, or fail, than were counted."""
-    capped = {
-        name: min(value, counted["live_requests" if name.startswith("live_") else "requests"])
-        for name, value in counted.items()
-    }
+    """One block. Figures that Envoy keeps one after the other: no more can be slow, or fail, than were counted.
+
+    Times follow the other figures by a moment, also from one stage into the next, so they have a count of their own.
+    """
+    wholes = {"errors": "requests", "slow": "timed"}
+    capped = dict(counted)
+    for prefix in ("", "live_"):
+        for part, whole in wholes.items():
+            capped[f"{prefix}{part}"] = min(counted[f"{prefix}{part}"], counted[f"{prefix}{whole}"])
     return Block(**capped, compared=compared, disagreed=disagreed)
 
 
