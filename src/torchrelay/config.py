@@ -393,7 +393,8 @@ def read_yaml(path: Path) -> Json:
     import yaml
 
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        # The one in C takes a tenth of the time, where PyYAML was built with it.
+        content = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))  # noqa: S506 - safe both
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}", "a readable YAML file", f"git checkout -- {path}") from error
     except yaml.YAMLError as error:

@@ -145,11 +145,13 @@ class Converger:
         self.outcome = Outcome()
         self._changed: set[str] = set()
         self._faults: dict[str, str] = {}
+        self._seen: Mapping[str, NodeReport] | None = None
 
     def tick(self) -> Outcome:
         """Do all that can be done now."""
         self.outcome = Outcome()
         self._faults.clear()
+        self._seen = None
         self.sight.forget()
         self._recover()
         registry = self._registry()
@@ -157,7 +159,7 @@ class Converger:
             self.teller.flush()
         for component in sorted({*self.memory.states(), *(registry or {})}):
             self.outcome.rests[component] = self._closed(component, registry)
-        self.outcome.reports = list(self.sight.reports().values())
+        self.outcome.reports = list(self._look().values())
         self.outcome.errors += self.sight.away.values()
         self.outcome.changed = sorted(self._changed)
         return self.outcome
@@ -185,12 +187,12 @@ class Converger:
 
     def _close(self, component: str, registry: Registry | None) -> Rest:
         """Step by step until there is nothing to do now. `registry` is what was read a moment ago."""
-        reports = self.sight.reports()
+        reports = self._look()
         step: Step | None = None
         for _ in range(_MOST_STEPS):
             if isinstance(step, _TAKES_TIME):
                 registry = None if registry is None else self._registry()
-                reports = self.sight.reports()
+                reports = self._look()
             requested = (registry or {}).get(component)
             state = self._judged(component, requested, known_registry=registry is not None)
             step = next_step(self._view(state, registry is not None, requested, reports))
@@ -203,9 +205,16 @@ class Converger:
                 log.info("%s: %s", component, step)
             if not self._execute(step, state, requested, reports):
                 return _LOOKING
+            self._seen = None
         raise ServingError(f"{component} took {_MOST_STEPS} steps without an end", "an end", "make status")
 
     # What is known
+
+    def _look(self) -> Mapping[str, NodeReport]:
+        """What each node says, asked anew once anything was done."""
+        if self._seen is None:
+            self._seen = self.sight.reports()
+        return self._seen
 
     def _registry(self) -> Registry | None:
         """What is asked for, by component; None while the registry does not answer."""

@@ -19,7 +19,8 @@ from torchrelay.delivery.store import Store, store
 from torchrelay.errors import TorchrelayError
 from torchrelay.webhooks import Keeper, webhook_place
 
-_SOON_S = 0.5
+# Each look costs a core about a quarter of a second, which what serves beside it has to do without.
+_SOON_S = 1.0
 _SAY_AGAIN_S = 300.0
 _LEASE_PATIENCE_S = 5.0
 
