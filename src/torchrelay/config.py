@@ -92,6 +92,13 @@ class Stage(Frozen):
     weight: int = Field(ge=0, le=99, description="Percent of the requests that the candidate answers; 0: shadow.")
     bake_s: float = Field(20.0, ge=0, description="Shortest stay in this stage, in seconds.")
     min_requests: int = Field(50, ge=0, description="Requests to the candidate that a decision needs.")
+    copies: int = Field(
+        100,
+        ge=1,
+        le=100,
+        description="Percent of the requests that a shadow gets copies of: less where traffic is more than a decision "
+        "needs, since all of them double the engines' work.",
+    )
 
     @property
     def shadow(self) -> bool:

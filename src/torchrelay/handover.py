@@ -151,6 +151,7 @@ class RoutedVersion(Frozen):
         False,
         description="It gets copies of what the other versions answer, and nobody gets its answers to them.",
     )
+    copies: int = Field(100, ge=1, le=100, description="Percent of those that a mirror gets copies of.")
     endpoints: tuple[Endpoint, ...] = Field((), description="On the nodes that hold it; none: on this very node.")
     path: str = Field("", description="What their engine calls it; empty: as this node's own engine does.")
 

@@ -74,6 +74,16 @@ def test_callers_get_only_the_live_versions_answer(place: GatewayPlace, live: in
     rig.until(lambda: len(seen(candidate)) == 50)
 
 
+def test_a_share_of_the_requests_is_copied(place: GatewayPlace, live: int, candidate: int) -> None:
+    shadow = rig.backend(candidate, "8", weight=0, mirror=True, copies=20)
+    gateway.apply_routes(place, Routes(backends=(rig.backend(live, "7"), shadow)))
+    for _ in range(300):
+        rig.ask(place)
+    rig.until(lambda: len(seen(live)) == 300)
+    time.sleep(0.2)
+    assert 20 < len(seen(candidate)) < 110  # 60 are expected; as far from it as chance goes in a million runs
+
+
 def test_a_mirror_that_is_not_there_costs_callers_nothing(place: GatewayPlace, live: int) -> None:
     gateway.apply_routes(place, Routes(backends=mirrored(live, rig.free_port())))
     assert {rig.ask(place).header("x-model-version") for _ in range(50)} == {"7"}

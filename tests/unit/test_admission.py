@@ -1,9 +1,17 @@
 """Dev's gatekeeper, and what every gatekeeper asks first: a verdict, a signed archive, and its own proof."""
 
 import json
+import os
+import subprocess
+import sys
+
+import pytest
 
 from torchrelay.config import Serving
-from torchrelay.delivery.admission import Trusting, refusal, tags_hash, wanted_version
+from torchrelay.delivery.admission import Trusting, decision, refusal, tags_hash, wanted_version
+from torchrelay.delivery.gatekeeper import Aside
+from torchrelay.delivery.store import Admission
+from torchrelay.handover import WantedVersion
 from torchrelay.lineage import TAG_ARCHIVE_URL, TAG_DIGEST, TAG_ENVIRONMENT, TAG_PROOF, TAG_SERVING, TAG_VERDICT
 from torchrelay.tracking import ModelVersion
 
@@ -63,3 +71,20 @@ def test_whatever_the_decision_reads_makes_another_key() -> None:
         for name in (TAG_VERDICT, TAG_DIGEST, TAG_PROOF, TAG_ARCHIVE_URL, TAG_ENVIRONMENT, TAG_SERVING)
     }
     assert len(keys | {tags_hash(version())}) == 7
+
+
+class Niceness(Trusting):
+    """Refuses, and says at which niceness a program ran that it started."""
+
+    def decide(self, version: ModelVersion, live: WantedVersion | None) -> Admission:
+        command = [sys.executable, "-c", "import os; print(os.nice(0))"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        return decision(version, "p", said, None)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone has a niceness for each thread")
+def test_a_look_at_a_version_and_all_that_it_starts_yields_to_what_serves() -> None:
+    aside, found = Aside(Niceness()), None
+    while found is None:
+        found = aside.decide(version(), None)
+    assert int(found.reason) == max(os.nice(0), 5)

@@ -90,6 +90,13 @@ def test_a_mirror_that_answers_callers_gets_copies_of_what_the_others_answer() -
         assert copied == ([] if route["route"]["cluster"] == mirror.cluster else [mirror.copies_cluster])
 
 
+def test_a_shadow_gets_as_many_copies_as_its_stage_says() -> None:
+    live, shadow = backend(), backend(version="8", weight=0, mirror=True, copies=20)
+    assert shadow.cluster == backend(version="8").cluster
+    (policy,) = actions(Routes(backends=(live, shadow)))[0]["route"]["request_mirror_policies"]
+    assert policy["runtime_fraction"]["default_value"]["numerator"] == 200_000
+
+
 def test_only_copies_pay_for_a_path_of_their_own() -> None:
     def filters(one: dict[str, Any]) -> list[str]:
         (options,) = one["typed_extension_protocol_options"].values()

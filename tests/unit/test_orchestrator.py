@@ -1,9 +1,11 @@
 """The loop of production's converger: it looks at once, at every poll, when it is woken, and says what is news."""
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,19 @@ class Looks(list[str]):
         while len(self) < count:
             assert time.monotonic() < end, f"{len(self)} looks, not {count}"
             time.sleep(0.01)
+
+
+class Healthy(BaseHTTPRequestHandler):
+    """A tracking server that says that it is well."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("content-length", "2")
+        self.end_headers()
+        self.wfile.write(b"OK")
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
 
 
 class Kept:
@@ -109,6 +124,30 @@ def test_it_looks_at_once_and_when_it_is_woken(service: Orchestrator, looks: Loo
     service.wake("a test")
     looks.wait(2)
     assert looks[1] == "@production (woken)"
+
+
+def test_it_looks_when_the_tracking_server_is_back(
+    tmp_path: Path, looks: Looks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may have lost an event when it went."""
+    monkeypatch.setattr(orchestrator, "_WATCH_S", 0.05)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    where = site(tmp_path).model_copy(update={"tracking": TrackingServer(url=f"http://127.0.0.1:{port}")})
+    made = Orchestrator(where, "production", object(), object())  # type: ignore[arg-type]
+    loop = threading.Thread(target=made.run)
+    loop.start()
+    looks.wait(1)
+    time.sleep(0.3)
+    assert len(looks) == 1
+    with ThreadingHTTPServer(("127.0.0.1", port), Healthy) as server:
+        threading.Thread(target=server.serve_forever).start()
+        looks.wait(2)
+        time.sleep(0.3)
+        server.shutdown()
+    made.stop()
+    loop.join(10)
+    assert looks == ["@production (the first look)", "@production (woken)"]
 
 
 def test_a_hundred_wakes_cost_a_few_looks(service: Orchestrator, looks: Looks) -> None:

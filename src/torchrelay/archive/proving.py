@@ -28,36 +28,25 @@ class _Outcome(BaseModel):
     largest_difference: float
 
 
-def prove(
-    archive: Path,
-    python: str,
-    timeout_s: float = 300,
-    admit: Callable[[], object] = lambda: None,
-    *,
-    niceness: int = 0,
-) -> Proof:
+def prove(archive: Path, python: str, timeout_s: float = 300, admit: Callable[[], object] = lambda: None) -> Proof:
     """The proof that `archive` (a .mar), run by the interpreter `python`, reproduces its golden outputs.
 
     `admit` says by an error that it must not run; it is called while that interpreter imports torch, and the archive
     is named to it only afterwards. Raises ArchiveError when the outputs differ, or it does not run at all.
     """
-    outcome = _parsed(archive, _run(archive, python, _yielding(niceness), timeout_s, admit))
+    outcome = _parsed(archive, _run(archive, python, [], timeout_s, admit))
     return Proof(**outcome.model_dump(), digest=mar.digest(archive))
 
 
-def evaluate(
-    archive: Path, python: str, test_set: Path, task: str, timeout_s: float = 1800, *, niceness: int = 0
-) -> Evaluation:
+def evaluate(archive: Path, python: str, test_set: Path, task: str, timeout_s: float = 1800) -> Evaluation:
     """One score per sample of `test_set` (test.npz), from the archive as it is, not from the weights it came from."""
     with tempfile.TemporaryDirectory() as folder:
         scores = Path(folder) / "scores.json"
-        _run(archive, python, [*_evaluating(test_set, task, scores), *_yielding(niceness)], timeout_s)
+        _run(archive, python, _evaluating(test_set, task, scores), timeout_s)
         return Evaluation.model_validate_json(scores.read_bytes())
 
 
-def replay(
-    archive: Path, python: str, requests: list[Json], patience_s: float, timeout_s: float = 300, *, niceness: int = 0
-) -> list[Json]:
+def replay(archive: Path, python: str, requests: list[Json], patience_s: float, timeout_s: float = 300) -> list[Json]:
     """The archive's answers to logged requests (`id` and `inputs`): `id`, `status`, `output` and `milliseconds`.
 
     The time is the model's own: what it had to wait for a processor is not counted. An answer that takes longer than
@@ -65,7 +54,7 @@ def replay(
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        _run(archive, python, [*_replaying(requests, patience_s, folder), *_yielding(niceness)], timeout_s)
+        _run(archive, python, _replaying(requests, patience_s, folder), timeout_s)
         return _answers(folder)
 
 
@@ -86,13 +75,12 @@ def examine(
     requests: list[Json],
     patience_s: float,
     timeout_s: float,
-    niceness: int = 0,
 ) -> Examination:
     """All three in one process, which imports torch once. ArchiveError when any of them fails, or all take longer."""
     with tempfile.TemporaryDirectory() as name:
         folder, scores = Path(name), Path(name) / "scores.json"
         arguments = ["--golden", *_evaluating(test_set, task, scores), *_replaying(requests, patience_s, folder)]
-        said = _run(archive, python, [*arguments, *_yielding(niceness)], timeout_s)
+        said = _run(archive, python, arguments, timeout_s)
         proof = Proof(**_parsed(archive, said).model_dump(), digest=mar.digest(archive))
         return Examination(proof, Evaluation.model_validate_json(scores.read_bytes()), _answers(folder))
 
@@ -111,10 +99,6 @@ def _replaying(requests: list[Json], patience_s: float, folder: Path) -> list[st
 def _answers(folder: Path) -> list[Json]:
     found: list[Json] = json.loads((folder / "answers.json").read_bytes())
     return found
-
-
-def _yielding(niceness: int) -> list[str]:
-    return ["--niceness", str(niceness)] if niceness else []
 
 
 def _run(

@@ -358,7 +358,9 @@ class Converger:
         placed = {text(one): self.sight.places(state, one, step.nodes[one], reports) for one in shares}
         routes = []
         for release, weight in sorted(shares.items()):
-            routed = RoutedVersion(version=there[release], weight=weight, mirror=release == step.mirror)
+            routed = RoutedVersion(
+                version=there[release], weight=weight, mirror=release == step.mirror, copies=_copies(state)
+            )
             places = placed[text(release)]
             if [*places] != [self.perimeter.gateway_node]:  # its own engine is found wherever it listens next time
                 endpoints = tuple(places[node] for node in sorted(places))
@@ -468,6 +470,15 @@ def record_refusal(site: Site, name: str, version: ModelVersion, reason: str) ->
     what = (version.name, version.version, version.tags.get(TAG_DIGEST, ""))
     found = entry("refusal", what, store(name).state(version.name).live, why=reason, began=time.time())
     ledger.record(Tracking(site.tracking.url), name, found, outbox())
+
+
+def _copies(state: State) -> int:
+    """Percent of the requests that a shadow gets, by the component's policy; what is live gets all of a candidate's."""
+    rollout = state.rollout
+    if rollout is None or not 0 <= rollout.stage < len(rollout.weights) or rollout.weights[rollout.stage]:
+        return 100
+    stages = component_settings(state.component).rollout.stages
+    return stages[rollout.stage].copies if rollout.stage < len(stages) else 100
 
 
 def _release(version: ModelVersion) -> Release:

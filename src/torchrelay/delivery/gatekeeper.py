@@ -7,7 +7,10 @@ production's own key, which is the only one that production's nodes trust.
 
 import hashlib
 import logging
+import os
 import shutil
+import sys
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -144,7 +147,6 @@ class Strict:
                 requests=_given(requests),
                 patience_s=patience(policy),
                 timeout_s=_EXAMINE_S,
-                niceness=_NICENESS,
             )
         except ArchiveError as error:
             log.info("one after the other: %s", error.found)
@@ -156,12 +158,12 @@ class Strict:
         """The same of a candidate that fails somewhere, so that the report says where."""
         error, difference, answers = "", None, None
         try:
-            difference = archive.prove(mar, python, timeout_s=_PROOF_S, niceness=_NICENESS).largest_difference
+            difference = archive.prove(mar, python, timeout_s=_PROOF_S).largest_difference
         except ArchiveError as failure:
             error = failure.found
         evaluation = self._evaluated(mar, python, tests, policy)
         try:
-            answers = archive.replay(mar, python, _given(requests), patience(policy), niceness=_NICENESS)
+            answers = archive.replay(mar, python, _given(requests), patience(policy))
         except ArchiveError as failure:
             log.warning("the replay failed: %s", failure.found)
         return _Tried(difference, error, evaluation, answers)
@@ -172,7 +174,7 @@ class Strict:
         if kept.is_file():
             return read_json(Evaluation, kept, f"rm {kept}")
         try:
-            found = archive.evaluate(mar, python, tests, policy.task, niceness=_NICENESS)
+            found = archive.evaluate(mar, python, tests, policy.task)
         except ArchiveError as error:
             log.warning("the evaluation failed: %s", error.found)
             return Evaluation(test_set=hashlib.sha256(tests.read_bytes()).hexdigest(), scores=[])
@@ -218,12 +220,20 @@ class Strict:
         return self.tracking.artifact_url(version.run_id, place)
 
 
+def _yield() -> None:
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
+
+
 class Aside:
-    """A gatekeeper that looks at versions in threads of its own, so that roll-outs go on meanwhile."""
+    """A gatekeeper that looks at versions in threads of its own, so that roll-outs go on meanwhile.
+
+    On Linux these, and all that they start, yield to what serves: there every thread has a priority.
+    """
 
     def __init__(self, keeper: Gatekeeper) -> None:
         self.keeper = keeper
-        self._pool = ThreadPoolExecutor(2, "gatekeeper")
+        self._pool = ThreadPoolExecutor(2, "gatekeeper", initializer=_yield)
         self._looking: dict[tuple[str, str, str], Future[Admission | None]] = {}
 
     def policy(self, version: ModelVersion) -> str:

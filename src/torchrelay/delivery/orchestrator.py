@@ -17,12 +17,14 @@ from torchrelay.delivery.admission import Gatekeeper
 from torchrelay.delivery.converge import Converger, Evidence
 from torchrelay.delivery.store import Store, store
 from torchrelay.errors import TorchrelayError
+from torchrelay.tracking import Tracking
 from torchrelay.webhooks import Keeper, webhook_place
 
 # Each look costs a core about a quarter of a second, which what serves beside it has to do without.
 _SOON_S = 1.0
 _SAY_AGAIN_S = 300.0
 _LEASE_PATIENCE_S = 5.0
+_WATCH_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +59,7 @@ class Orchestrator:
     def run(self) -> None:
         """Look, act, and wait: until `stop`. Meanwhile the webhook that wakes it is kept registered."""
         why = "the first look"
-        with self._webhook(), _quiet():
+        with self._webhook(), self._watch(), _quiet():
             while not self._ended.is_set():
                 pause = self._look(why)
                 woken = self._woken.wait(pause)
@@ -72,6 +74,27 @@ class Orchestrator:
             yield
         finally:
             keeper.stop()
+
+    @contextmanager
+    def _watch(self) -> Iterator[None]:
+        """Look when the tracking server is back: it forgets the events that it has not sent when it goes down."""
+        tracking, ended = Tracking(self.site.tracking.url), threading.Event()
+
+        def watch() -> None:
+            answered = True
+            while not ended.wait(_WATCH_S):
+                answers = tracking.healthy()
+                if answers and not answered:
+                    self.wake("the tracking server is back")
+                answered = answers
+
+        watcher = threading.Thread(target=watch, name="watch", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            watcher.join()
 
     def _look(self, why: str) -> float:
         """One look with all that follows from it; the seconds until the next one."""

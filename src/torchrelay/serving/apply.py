@@ -454,6 +454,7 @@ def _backend_of(routed: RoutedVersion, endpoints: tuple[Endpoint, ...], path: st
         path=path,
         weight=routed.weight,
         mirror=routed.mirror,
+        copies=routed.copies,
         max_body_bytes=wanted.max_body_bytes,
         max_requests_per_s=wanted.max_requests_per_s,
         timeout_s=wanted.response_timeout_s,

@@ -58,6 +58,7 @@ class Backend(Frozen):
         False,
         description="It gets copies of what the other backends answer, and nobody gets its answers to them.",
     )
+    copies: int = Field(100, ge=1, le=100, description="Percent of those that a mirror gets copies of.")
     max_body_bytes: int = Field(4 * 2**20, ge=1, description="Larger request bodies get a 413.")
     timeout_s: int = Field(30, ge=1, description="After this a request is answered with 504, retries included.")
     max_pending: int = Field(1024, ge=1, description="Requests that may wait for a connection; more get a 503.")
@@ -76,7 +77,7 @@ class Backend(Frozen):
     @property
     def cluster(self) -> str:
         """Name of its Envoy cluster; it keeps name, connections and counters whatever its share of requests is."""
-        content = self.model_dump_json(exclude={"weight", "mirror", "max_requests_per_s"})
+        content = self.model_dump_json(exclude={"weight", "mirror", "copies", "max_requests_per_s"})
         return f"{self.component}@{self.version}@{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
     @property

@@ -168,13 +168,13 @@ def _action(backend: Backend, mirrors: list[Backend]) -> Json:
 
 
 def _mirrored(mirror: Backend) -> Json:
-    """Copies of all requests of a route; each may take as long as the version that answers may.
+    """Copies of a share of a route's requests; each may take as long as the version that answers may.
 
     Envoy appends -shadow to their host. A caller could do that as well, hence the header.
     """
     return {
         "cluster": mirror.copies_cluster,
-        "runtime_fraction": _fraction(1),
+        "runtime_fraction": _fraction(mirror.copies / 100),
         "request_headers_mutations": [{"append": header(_SHADOW, "1")}],
     }
 

@@ -36,7 +36,6 @@ class Failure(Exception):  # noqa: N818 - errors of torchrelay cannot be importe
 def main(arguments: list[str]) -> int:
     """Run as the command line says; whatever a component prints goes to stderr."""
     options = _options(arguments)
-    os.nice(options.niceness)
     try:
         with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory() as folder:
             result = _run(options, Path(folder))
@@ -150,7 +149,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--patience-ms", type=float, default=30_000.0, help="a replayed answer that takes longer is none"
     )
     parser.add_argument("--task", choices=sorted(_SCORES), default="classification")
-    parser.add_argument("--niceness", type=int, default=0, help="by how much to yield to others (default: 0)")
     options = parser.parse_args(arguments)
     if bool(options.evaluate) != bool(options.scores) or bool(options.replay) != bool(options.answers):
         parser.error("--evaluate goes with --scores, --replay with --answers")
