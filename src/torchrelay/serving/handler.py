@@ -364,7 +364,8 @@ def _at_low_priority(load: Callable[[], None]) -> None:
         return load()
 
     def lower() -> None:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOADING_NICENESS)
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(_LOADING_NICENESS, os.getpriority(os.PRIO_PROCESS, thread)))
 
     with ThreadPoolExecutor(1, initializer=lower) as aside:
         return aside.submit(load).result()
