@@ -31,6 +31,7 @@ import urllib3
 
 from conftest import ROOT, free_port_base
 from engines.supervised import until, write_conf
+from ssh_rig import SshServer
 from torchrelay import archive, lineage
 from torchrelay.config import GatewayPlace, Node, NodeConfig, Perimeter, Site, TrackingServer, write_file, write_json
 from torchrelay.delivery import reach
@@ -48,6 +49,7 @@ BAD_MODELS = Path(__file__).parent / "bad_models"
 TINY = "engines.tiny_engine:TinyEngine"
 NODES = ("production-1", "production-2")
 GATEWAY = "production-gateway"
+_ALL = (GATEWAY, *NODES)
 ORCHESTRATOR = "production-orchestrator"
 SERVING = {"workers": 1, "batch_size": 8, "response_timeout_s": 2}
 _WEBHOOKS = {"MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https", "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true"}
@@ -180,11 +182,19 @@ class Clients:
 class Rig:
     """The whole of it; see the module. `python` is the interpreter of a built component environment.
 
-    With `webhooks` the tracking server wakes the orchestrator, which polls every `poll_s` seconds.
+    With `webhooks` the tracking server wakes the orchestrator, which polls every `poll_s` seconds. With `by_ssh` it
+    reaches its nodes as machines of their own, by a server for each.
     """
 
     def __init__(
-        self, folder: Path, python: str, engine: str = TINY, *, poll_s: float = 1, webhooks: bool = False
+        self,
+        folder: Path,
+        python: str,
+        engine: str = TINY,
+        *,
+        poll_s: float = 1,
+        webhooks: bool = False,
+        by_ssh: bool = "TORCHRELAY_TEST_SSH" in os.environ,
     ) -> None:
         self.folder, self.engine, self.poll_s = folder, engine, poll_s
         self.webhooks = dict(_WEBHOOKS, MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY=_fernet_key()) if webhooks else {}
@@ -196,6 +206,11 @@ class Rig:
         self.gateway_port = self.base + 50
         self.signers = {name: archive.ensure_key(self.keys / name) for name in ("dev", "production", "stranger")}
         self._server: subprocess.Popen[bytes] | None = None
+        self.ssh = (
+            {name: SshServer(folder / "ssh" / name, self.base + 90 + n, self.variables) for n, name in enumerate(_ALL)}
+            if by_ssh
+            else {}
+        )
         self._make_checkout()
         (self.state_folder / "logs").mkdir(parents=True)
         (self.state_folder / "environments").symlink_to(Path(python).parents[2])
@@ -225,6 +240,8 @@ class Rig:
         """Start whatever does not run, as `make up` does."""
         if tracking:
             self.start_tracking()
+        for server in self.ssh.values():
+            server.start()
         start_daemon(self.conf)
         for program in self.programs():
             self.supervisor.ensure(program)
@@ -233,6 +250,8 @@ class Rig:
         """Stop everything."""
         shutdown(self.conf)
         self.stop_tracking()
+        for server in self.ssh.values():
+            server.stop()
 
     def programs(self) -> list[Program]:
         """The keepers and the orchestrator; engines and gateway are started by `apply`."""
@@ -574,7 +593,13 @@ class Rig:
         """What the roles `control` and `serving` write."""
         folder = self.state_folder / "perimeters" / "production"
         nodes = tuple(
-            Node(name=name, folder=folder / "nodes" / name, holds=name != GATEWAY) for name in (GATEWAY, *NODES)
+            Node(
+                name=name,
+                folder=folder / "nodes" / name,
+                holds=name != GATEWAY,
+                ssh=self.ssh[name].ssh if self.ssh else None,
+            )
+            for name in _ALL
         )
         perimeter = Perimeter(
             alias="production",

@@ -272,12 +272,24 @@ class Settings(Frozen):
     )
 
 
+class Ssh(Frozen):
+    """How a machine is reached: by OpenSSH, with this key, and only if its host key is the one that is known."""
+
+    host: str
+    user: str
+    port: int = Field(22, ge=1, le=65535)
+    key: Path = Field(description="Private key.")
+    known_hosts: Path = Field(description="Its host key; no other file is asked.")
+    options: tuple[str, ...] = Field((), description="More of ssh's options, as ProxyCommand=….")
+    command: tuple[str, ...] = Field(("torchrelay",), description="What torchrelay is called over there.")
+
+
 class Node(Frozen):
     """One serving node, as the control node sees it."""
 
     name: str
     folder: Path = Field(description="The node's own folder, on the node.")
-    connection: Literal["local"] = "local"
+    ssh: Ssh | None = Field(None, description="How it is reached; None: the folder is on this machine.")
     holds: bool = Field(True, description="Whether engines run there.")
 
 

@@ -46,6 +46,10 @@ class ServingError(TorchrelayError):
     """An engine or the gateway did not come up, did not load, or answered wrongly."""
 
 
+class UntrustedError(TorchrelayError):
+    """A machine is not, or cannot be shown to be, the one that it was."""
+
+
 class BusyError(TorchrelayError):
     """Somebody else holds the lock, or the port, that this step needs."""
 

@@ -8,7 +8,7 @@ from torchrelay.archive.keys import KeyPair, ensure_key, key_digest
 from torchrelay.archive.mar import digest, golden_set, unpack
 from torchrelay.archive.packing import pack
 from torchrelay.archive.proving import Examination, evaluate, examine, prove, replay
-from torchrelay.archive.signing import sign
+from torchrelay.archive.signing import put_signature, sign
 from torchrelay.archive.transfer import fetch
 from torchrelay.archive.verifying import verify
 
@@ -24,6 +24,7 @@ __all__ = [
     "key_digest",
     "pack",
     "prove",
+    "put_signature",
     "replay",
     "sign",
     "unpack",

@@ -4,6 +4,7 @@ Importing `model_signing` takes about half a second, so it happens where it is u
 """
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,6 +29,21 @@ def sign(folder: Path, private_key: Path) -> Path:
         signer.sign(folder, Path(aside) / SIGNATURE)
         write_file(folder / SIGNATURE, (Path(aside) / SIGNATURE).read_bytes())
     return folder / SIGNATURE
+
+
+def put_signature(folder: Path, signature: bytes) -> None:
+    """Replace the archive's model.sig. Written beside the folder, which may hold nothing else."""
+    descriptor, name = tempfile.mkstemp(prefix=".signature.", dir=folder.parent)
+    aside = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(signature)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.chmod(0o644)
+        aside.replace(folder / SIGNATURE)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def check_signature(folder: Path, public_key: Path) -> None:

@@ -16,6 +16,7 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 # verb → module of this package that holds it; the function is the verb with underscores.
 _VERBS = {
+    "agent": "serve",
     "apply": "serve",
     "build-environment": "legs",
     "clean": "site",

@@ -14,6 +14,15 @@ from torchrelay.errors import TorchrelayError
 
 @click.command()
 @click.option("--node", "folder", type=click.Path(path_type=Path), required=True, help="The node's own folder.")
+def agent(folder: Path) -> None:
+    """Answer a control node's calls on this serving node, until standard input ends; SSH starts it."""
+    from torchrelay.serving.agent import main
+
+    main(folder)
+
+
+@click.command()
+@click.option("--node", "folder", type=click.Path(path_type=Path), required=True, help="The node's own folder.")
 @click.option("--desired", help="File of the desired state, or - for standard input; default: the last one asked for.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 @click.option("--every", type=float, metavar="SECONDS", help="Keep the node at what it was last asked for; never ends.")

@@ -38,7 +38,7 @@ from torchrelay.delivery.plan import (
 from torchrelay.delivery.sight import Sight, known, of_wanted, serves, text
 from torchrelay.delivery.store import Admission, Rollout, State, Store, store, with_served
 from torchrelay.delivery.telling import Teller, entry, outbox
-from torchrelay.errors import BusyError, RefusedError, ServingError, TorchrelayError, TrackingError
+from torchrelay.errors import BusyError, RefusedError, ServingError, TorchrelayError, TrackingError, UntrustedError
 from torchrelay.handover import Desired, NodeReport, RoutedVersion
 from torchrelay.lineage import TAG_DIGEST
 from torchrelay.tracking import ModelVersion, Tracking
@@ -382,7 +382,7 @@ class Converger:
         )
         try:
             report, error = reach.apply_on(node, desired)
-        except BusyError:
+        except (BusyError, UntrustedError):
             raise
         except TorchrelayError as failure:
             self.sight.away[name] = failure

@@ -8,10 +8,10 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from torchrelay.config import Component, GatewayPlace, Latency, Perimeter, Stage
+from torchrelay.config import Component, Latency, Node, Perimeter, Stage
 from torchrelay.config import component as component_settings
 from torchrelay.delivery import reach
 from torchrelay.delivery.canary import Block, Judgement, judge, replay
@@ -19,9 +19,10 @@ from torchrelay.delivery.replaying import TOLERANCE, replay_on
 from torchrelay.delivery.store import Rollout, State
 from torchrelay.errors import TorchrelayError
 from torchrelay.gate import RolloutSummary, rollout_report
-from torchrelay.serving import gateway, gateway_stats
+from torchrelay.handover import RouteShare
+from torchrelay.serving.calls import Counted
 from torchrelay.serving.gateway_stats import BackendCounts, Key, Reading
-from torchrelay.serving.predictions import Comparison, Prediction, Tail
+from torchrelay.serving.predictions import Comparison, Prediction
 
 Figure = TypeVar("Figure")
 
@@ -64,10 +65,11 @@ class CanaryEvidence:
             return state
         policy = component_settings(state.component)
         try:
-            if "first" not in rollout.marks and not _begins(rollout, _place(perimeter)):
+            seen = reach.calls(_gateway_node(perimeter)).counted()
+            if "first" not in rollout.marks and not _begins(rollout, seen.shares):
                 note = "the gateway is about to route by this stage"
                 return state.model_copy(update={"rollout": rollout.model_copy(update={"note": note})})
-            rollout = self._counted(state, rollout, perimeter, policy)
+            rollout = self._counted(state, rollout, perimeter, policy, seen)
         except TorchrelayError as error:
             note = f"the gateway could not be asked: {error.found}"
             return state.model_copy(update={"rollout": rollout.model_copy(update={"note": note})})
@@ -97,14 +99,15 @@ class CanaryEvidence:
         page = rollout_report(summary, worst)
         return {"rollout.html": page, **({"disagreements.json": json.dumps(worst)} if worst else {})}
 
-    def _counted(self, state: State, rollout: Rollout, perimeter: Perimeter, policy: Component) -> Rollout:
+    def _counted(
+        self, state: State, rollout: Rollout, perimeter: Perimeter, policy: Component, seen: Counted
+    ) -> Rollout:
         """The roll-out with a block of what was counted since the last look, `marks` saying where that was."""
-        place = _place(perimeter)
-        reading = gateway_stats.read(place)
+        reading, asked = seen.reading, seen.in_flight
         if "first" not in rollout.marks:
             rollout = rollout.model_copy(update={"since": time.time()})
         first = Reading.model_validate(rollout.marks["first"]) if "first" in rollout.marks else reading
-        counted, asked = reading.since(first), gateway_stats.in_flight(place)
+        counted = reading.since(first)
         shadow = (state.component, rollout.wanted.version) if _stage(policy, rollout).shadow else None
         since = _concerned(counted.versions, counted.copies, shadow)
         in_flight = _concerned(asked.versions, asked.copies, shadow)
@@ -139,9 +142,9 @@ class CanaryEvidence:
         lines: list[Prediction] = []
         for node in (one for one in perimeter.nodes if one.holds):
             told = rollout.marks.get("tails", {}).get(node.name)
-            tail = Tail(reach.config_of(node).predictions, component, told, since=rollout.since)
-            lines += tail.poll()
-            tails[node.name] = tail.state
+            found = reach.calls(node).tail(component, told, rollout.since)
+            lines += found.predictions
+            tails[node.name] = found.state
         comparison.add(sorted(lines, key=lambda one: one.time))
         return comparison.compared - before[0], comparison.disagreed - before[1], tails
 
@@ -158,15 +161,14 @@ class CanaryEvidence:
         )
 
 
-def _place(perimeter: Perimeter) -> GatewayPlace:
-    """The perimeter's gateway."""
-    return reach.gateway_of(next(one for one in perimeter.nodes if one.name == perimeter.gateway_node))
+def _gateway_node(perimeter: Perimeter) -> Node:
+    return next(one for one in perimeter.nodes if one.name == perimeter.gateway_node)
 
 
-def _begins(rollout: Rollout, place: GatewayPlace) -> bool:
+def _begins(rollout: Rollout, shares: Iterable[RouteShare]) -> bool:
     """Whether the gateway routes by the stage: before that, what is counted says nothing of it."""
     weight, key = rollout.weights[rollout.stage], (rollout.wanted.component, rollout.wanted.version)
-    share = next((one for one in gateway.shares(place) if (one.component, one.version) == key), None)
+    share = next((one for one in shares if (one.component, one.version) == key), None)
     return share is not None and (share.weight, share.mirror) == (weight, weight == 0)
 
 

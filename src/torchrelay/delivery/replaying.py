@@ -6,11 +6,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from torchrelay.config import Component, Json, Perimeter
+from torchrelay.config import Component, Json, Node, Perimeter
 from torchrelay.delivery import reach
 from torchrelay.errors import TorchrelayError
 from torchrelay.handover import HeldVersion, WantedVersion
-from torchrelay.serving.predictions import Difference, Disagreement, Prediction, Request, difference, replayable
+from torchrelay.serving.predictions import Difference, Disagreement, Prediction, Request, difference
 
 TOLERANCE = 0.05
 # A replayed request that takes this many times the latency objective counts as failed.
@@ -39,14 +39,14 @@ def replay_on(perimeter: Perimeter, wanted: WantedVersion, policy: Component) ->
     failed that no more are needed to know, and after a quarter of a minute, since nothing else is looked at meanwhile.
     """
     found = Replayed()
-    held = _somewhere(perimeter, wanted)
-    if held is None:
+    there = _somewhere(perimeter, wanted)
+    if there is None:
         return found
     patience_s, end = patience(policy), time.monotonic() + _REPLAY_S
     for request in logged_requests(perimeter, wanted.component, policy.rollout.replay_requests):
         if time.monotonic() > end:
             break
-        answer = _send(held, wanted, request, patience_s)
+        answer = _send(*there, wanted, request, patience_s)
         found.milliseconds.append(answer.milliseconds)
         if answer.status >= 500:
             found.errors += 1
@@ -69,17 +69,12 @@ def patience(policy: Component) -> float:
 
 def logged_requests(perimeter: Perimeter, component: str, limit: int) -> list[Request]:
     """The newest distinct logged requests over all nodes that were answered and can be sent again, newest first."""
-    requests = [
-        one
-        for node in perimeter.nodes
-        if node.holds
-        for one in replayable(reach.config_of(node).predictions, component, limit)
-    ]
+    requests = [one for node in perimeter.nodes if node.holds for one in reach.calls(node).requests(component, limit)]
     return sorted(requests, key=lambda one: -one.logged.time)[:limit]
 
 
-def _somewhere(perimeter: Perimeter, wanted: WantedVersion) -> HeldVersion | None:
-    """The version on the first node that holds it in good health."""
+def _somewhere(perimeter: Perimeter, wanted: WantedVersion) -> tuple[Node, HeldVersion] | None:
+    """The first node that holds the version."""
     for node in (one for one in perimeter.nodes if one.holds):
         try:
             report = reach.observe_on(node)
@@ -88,28 +83,20 @@ def _somewhere(perimeter: Perimeter, wanted: WantedVersion) -> HeldVersion | Non
             continue
         for one in report.held:
             if (one.component, one.version, one.digest) == (wanted.component, wanted.version, wanted.digest):
-                return one
+                return node, one
     return None
 
 
-def _send(held: HeldVersion, wanted: WantedVersion, request: Request, patience_s: float) -> Prediction:
+def _send(node: Node, held: HeldVersion, wanted: WantedVersion, request: Request, patience_s: float) -> Prediction:
     """The answer, as the log would have it. A request that gets none counts as 504. Logged as a shadow's."""
-    import urllib3
-
-    logged, body = request.logged, request.body
-    url = f"http://{held.endpoint.host}:{held.endpoint.port}{held.path}"
+    logged = request.logged
     headers = {
         "x-torchrelay-shadow": "1",
         "content-type": request.content_type,
         "x-torchrelay-request-id": f"replay-{logged.id}"[:128],
     }
-    began = time.monotonic()
-    try:
-        answer = urllib3.request("POST", url, body=body, headers=headers, timeout=patience_s, retries=False)
-        status, data = answer.status, answer.data
-    except urllib3.exceptions.HTTPError as error:
-        status, data = 504, json.dumps({"error": str(error)}).encode()
-    given = {"status": status, "output": _parsed(data), "milliseconds": 1000 * (time.monotonic() - began)}
+    answer = reach.calls(node).ask(held, request.body, headers, patience_s)
+    given = {"status": answer.status, "output": _parsed(answer.body), "milliseconds": answer.milliseconds}
     return answered(logged, given, wanted.version, wanted.digest)
 
 

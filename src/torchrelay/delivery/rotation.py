@@ -6,7 +6,6 @@ keys until all that is signed anew: whatever is admitted after that is signed by
 the perimeter serves as before, and the same command goes on where this one ended.
 """
 
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from torchrelay.archive.keys import PRIVATE, PUBLIC
 from torchrelay.archive.mar import SIGNATURE
 from torchrelay.config import Perimeter, Site, settings
 from torchrelay.console import say
+from torchrelay.delivery import reach
 from torchrelay.delivery.admission import Gatekeeper
 from torchrelay.delivery.store import State, Store, store
 from torchrelay.errors import ArchiveError, BusyError, TorchrelayError, TrackingError
@@ -127,7 +127,7 @@ def _sign_anew(here: Site, name: str, wanted: WantedVersion) -> None:
         signature = archive.sign(folder, keys / PRIVATE).read_bytes()
     _upload(here, wanted.url, signature)
     for node in here.perimeters[name].nodes:
-        _replace(node.folder / "archives" / wanted.digest, signature)
+        reach.calls(node).resign(wanted.digest, signature)
 
 
 def _insist_it_is(manifest: Manifest, wanted: WantedVersion) -> None:
@@ -141,20 +141,3 @@ def _upload(here: Site, url: str, signature: bytes) -> None:
     rest = Rest(here.tracking.url)
     path = unquote(url.removeprefix(rest.artifact("")))
     rest.put_file(f"{path}/{SIGNATURE}", signature, len(signature))
-
-
-def _replace(folder: Path, signature: bytes) -> None:
-    """Put the signature into a node's copy, if it has one. Written beside the folder, which may hold nothing else."""
-    if not folder.is_dir():
-        return
-    descriptor, name = tempfile.mkstemp(prefix=".signature.", dir=folder.parent)
-    aside = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(signature)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.chmod(0o644)
-        aside.replace(folder / SIGNATURE)
-    finally:
-        aside.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from torchrelay.config import Node, Perimeter
 from torchrelay.delivery import reach
 from torchrelay.delivery.plan import NodeView, Release, Routing
 from torchrelay.delivery.store import State
-from torchrelay.errors import TorchrelayError
+from torchrelay.errors import TorchrelayError, UntrustedError
 from torchrelay.handover import Endpoint, HeldVersion, NodeReport, RouteShare, WantedVersion
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,8 @@ class Sight:
                 continue
             try:
                 found[node.name] = reach.observe_on(node)
+            except UntrustedError:  # somebody else's machine may answer there: nothing goes on before that is known
+                raise
             except TorchrelayError as error:
                 self.away[node.name] = error
         return found

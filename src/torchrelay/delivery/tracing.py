@@ -1,7 +1,6 @@
 """From the id of a request back to what answered it: archive, run, parameters, data, commit."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from torchrelay.config import Site
@@ -18,7 +17,7 @@ from torchrelay.lineage import (
     TAG_SCORE,
     TAG_VERDICT,
 )
-from torchrelay.serving.predictions import Prediction, read
+from torchrelay.serving.predictions import Prediction
 from torchrelay.tracking import Tracking
 
 _TAGS = {
@@ -61,17 +60,10 @@ def _find(site: Site, request_id: str) -> tuple[str, str, str, Prediction]:
     """Perimeter, node, component and line of the newest answer to callers with this id."""
     for perimeter, place in site.perimeters.items():
         for node in (one for one in place.nodes if one.holds):
-            folder = reach.config_of(node).predictions
-            for component in sorted(path.name for path in folder.glob("*") if path.is_dir()):
-                if line := _line(folder, component, request_id):
-                    return perimeter, node.name, component, line
+            if found := reach.calls(node).find(request_id):
+                return perimeter, node.name, found.component, found.prediction
     raise DataError(
         f"no prediction log has a request {request_id!r}",
         "the x-request-id of an answer that a model gave, and that has not been rotated away",
         "make history, or send the request again",
     )
-
-
-def _line(folder: Path, component: str, request_id: str) -> Prediction | None:
-    lines = read(folder, component, newest_first=True)
-    return next((one for one in lines if one.id == request_id and not one.shadow), None)

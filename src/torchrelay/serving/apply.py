@@ -122,6 +122,15 @@ def observe(node: NodeConfig) -> NodeReport:
     )
 
 
+def resign(node: NodeConfig, digest: str, signature: bytes) -> bool:
+    """Put the signature into the node's copy of an archive; False if it has none."""
+    folder = node.folder / "archives" / digest
+    if not folder.is_dir():
+        return False
+    archive.put_signature(folder, signature)
+    return True
+
+
 def _held(node: NodeConfig) -> Iterator[HeldVersion]:
     for engine in _engines(node):
         for found in engine.loaded() if engine.ready() else []:

@@ -9,7 +9,8 @@ away, so a total can fall. `read` and `Reading.since` see to that.
 import json
 import math
 from collections import Counter
-from typing import Any, NamedTuple, Self
+from collections.abc import Mapping
+from typing import Any, Self, TypeVar
 from urllib.parse import urlencode
 
 from pydantic import Field
@@ -26,6 +27,8 @@ _ACTIVE = rf"^cluster\.{_NAME}\.upstream_rq_active$"
 
 Key = tuple[str, str]
 """A component and its version."""
+
+Figure = TypeVar("Figure", int, "BackendCounts")
 
 
 class Bucket(Frozen):
@@ -113,19 +116,12 @@ class Reading(Frozen):
     @property
     def versions(self) -> dict[Key, BackendCounts]:
         """What each (component, version) answered callers, over all of its clusters."""
-        return self._of(copies=False)
+        return _by_version(self.clusters, BackendCounts(), copies=False)
 
     @property
     def copies(self) -> dict[Key, BackendCounts]:
         """What each (component, version) answered nobody, to copies of requests that another version answered."""
-        return self._of(copies=True)
-
-    def _of(self, *, copies: bool) -> dict[Key, BackendCounts]:
-        found: dict[Key, BackendCounts] = {}
-        for name, one in self.clusters.items():
-            if name.endswith(COPIES) == copies:
-                found[_key(name)] = found.get(_key(name), BackendCounts()) + one
-        return found
+        return _by_version(self.clusters, BackendCounts(), copies=True)
 
     def since(self, before: "Reading") -> "Reading":
         """What was counted after `before`. What a cluster counted just before Envoy or the cluster went is lost."""
@@ -136,11 +132,20 @@ class Reading(Frozen):
         return Reading(epoch=self.epoch, clusters=new)
 
 
-class InFlight(NamedTuple):
-    """Requests that each (component, version) is answering, callers' and copies of them."""
+class InFlight(Frozen):
+    """How many requests each cluster is answering."""
 
-    versions: dict[Key, int]
-    copies: dict[Key, int]
+    clusters: dict[str, int]
+
+    @property
+    def versions(self) -> dict[Key, int]:
+        """Callers' requests, by (component, version)."""
+        return _by_version(self.clusters, 0, copies=False)
+
+    @property
+    def copies(self) -> dict[Key, int]:
+        """Copies of requests that another version answers."""
+        return _by_version(self.clusters, 0, copies=True)
 
 
 def counts(place: GatewayPlace) -> dict[Key, BackendCounts]:
@@ -168,17 +173,19 @@ def epoch(place: GatewayPlace) -> str:
 def in_flight(place: GatewayPlace) -> InFlight:
     """What is being answered now; ServingError where no gateway answers."""
     query = urlencode({"filter": _ACTIVE, "format": "json"})
-    found = InFlight({}, {})
-    for one in json.loads(admin(place, f"/stats?{query}"))["stats"]:
-        name = one["name"].removeprefix("cluster.").removesuffix(".upstream_rq_active")
-        kind = found.copies if name.endswith(COPIES) else found.versions
-        kind[_key(name)] = kind.get(_key(name), 0) + int(one["value"])
+    found = {one["name"]: int(one["value"]) for one in json.loads(admin(place, f"/stats?{query}"))["stats"]}
+    names = {name: name.removeprefix("cluster.").removesuffix(".upstream_rq_active") for name in found}
+    return InFlight(clusters={names[name]: number for name, number in found.items()})
+
+
+def _by_version(clusters: Mapping[str, Figure], nothing: Figure, *, copies: bool) -> dict[Key, Figure]:
+    """Over all clusters of each version; those of copies, or the others."""
+    found: dict[Key, Figure] = {}
+    for name, one in clusters.items():
+        if name.endswith(COPIES) == copies:
+            component, version = name.rpartition("@")[0].split("@", 1)
+            found[component, version] = found.get((component, version), nothing) + one
     return found
-
-
-def _key(cluster: str) -> Key:
-    component, version = cluster.rpartition("@")[0].split("@", 1)
-    return component, version
 
 
 def _counted(place: GatewayPlace) -> dict[str, BackendCounts]:

@@ -31,7 +31,7 @@ _MAX_WAITING = 5000
 class _Line(Frozen):
     """Archives carry the handler that they were packed with, so fields that are not known here are let pass."""
 
-    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore")
+    model_config: ClassVar[ConfigDict] = ConfigDict(frozen=True, extra="ignore", ser_json_inf_nan="constants")
 
 
 class Summary(_Line):
@@ -75,9 +75,12 @@ class Skipped:
     malformed: int = 0
 
 
-@dataclass(frozen=True)
-class Request:
+class Request(Frozen):
     """A logged request that can be sent again, with what was answered to it."""
+
+    model_config: ClassVar[ConfigDict] = ConfigDict(
+        frozen=True, extra="forbid", ser_json_bytes="base64", val_json_bytes="base64", ser_json_inf_nan="constants"
+    )
 
     body: bytes
     content_type: str
@@ -304,10 +307,11 @@ def _request(one: Prediction) -> Request | None:
     match one.instances:
         case [*instances]:
             body = json.dumps({"instances": instances}, separators=(",", ":")).encode()
-            return Request(body, "application/json", one)
+            return Request(body=body, content_type="application/json", logged=one)
         case {"base64": str(text), "content_type": str(content_type)}:
             try:
-                return Request(base64.b64decode(text, validate=True), content_type, one)
+                body = base64.b64decode(text, validate=True)
+                return Request(body=body, content_type=content_type, logged=one)
             except binascii.Error:
                 return None
     return None
