@@ -1,13 +1,12 @@
 """What a stage is judged on: requests that hang are counted before they end, and never twice."""
 
 import time
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchrelay.config import GatewayPlace, Latency, Stage
+from torchrelay.config import Latency, Stage
 from torchrelay.config import Rollout as Policy
 from torchrelay.delivery import evidence
 from torchrelay.delivery.canary import judge
@@ -110,9 +109,6 @@ def share(weight: int, mirror: bool = False) -> RouteShare:
     return RouteShare(component="tiny", version="2", digest="d", weight=weight, mirror=mirror)
 
 
-PLACE = GatewayPlace(folder=Path("/nowhere"), port=1, admin_port=2)
-
-
 @pytest.mark.parametrize(
     ("stage", "routed", "begins"),
     [
@@ -124,12 +120,9 @@ PLACE = GatewayPlace(folder=Path("/nowhere"), port=1, admin_port=2)
         (2, share(25), True),
     ],
 )
-def test_a_stage_begins_when_it_is_routed(
-    stage: int, routed: RouteShare | None, begins: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(evidence.gateway, "shares", lambda _: (routed,) if routed else ())
+def test_a_stage_begins_when_it_is_routed(stage: int, routed: RouteShare | None, begins: bool) -> None:
     rollout = ROLLOUT.model_copy(update={"stage": stage, "since": time.time(), "weights": (0, 5, 25)})
-    assert _begins(rollout, PLACE) is begins
+    assert _begins(rollout, [routed] if routed else []) is begins
 
 
 @pytest.mark.parametrize(("shadow", "found"), [(None, {KEY: 5, LIVE: 90}), (KEY, {KEY: 70, LIVE: 90})])
