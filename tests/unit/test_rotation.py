@@ -19,6 +19,7 @@ from torchrelay.delivery.store import Rollout, Served, State, Store
 from torchrelay.errors import ArchiveError, BusyError, TrackingError
 from torchrelay.handover import WantedVersion
 from torchrelay.lineage import TAG_DIGEST, TAG_VERDICT
+from torchrelay.serving import apply as node_apply
 from torchrelay.tracking import ModelVersion
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,7 +210,7 @@ def cut(patch: pytest.MonkeyPatch, world: World, point: str) -> None:
         "publish": (world, "publish"),
         "switch": (rotation, "switch"),
         "sign": (delivery, "_sign_anew"),
-        "upload": (delivery, "_replace"),
+        "upload": (node_apply, "resign"),
         "retire": (rotation, "retire"),
     }
     if point == "publish again":

@@ -122,9 +122,9 @@ def observe(node: NodeConfig) -> NodeReport:
     )
 
 
-def resign(node: NodeConfig, digest: str, signature: bytes) -> bool:
+def resign(node: Path, digest: str, signature: bytes) -> bool:
     """Put the signature into the node's copy of an archive; False if it has none."""
-    folder = node.folder / "archives" / digest
+    folder = node / "archives" / digest
     if not folder.is_dir():
         return False
     archive.put_signature(folder, signature)

@@ -129,7 +129,7 @@ class Calls:
 
     def resign(self, digest: str, signature: bytes) -> bool:
         """Put the signature into the node's copy of an archive; False if it has none."""
-        return node_apply.resign(self._config, digest, signature)
+        return node_apply.resign(self._folder, digest, signature)
 
     @property
     def _config(self) -> NodeConfig:
