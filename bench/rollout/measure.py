@@ -7,9 +7,9 @@ trains once (on few samples: how good it is does not matter here), makes as many
 one that has served before would skip the stages, and then promotes and rolls back in turn: gate, proof, one stage of a
 second at 25 %, then all requests. Half of the clients keep their connection.
 
-Then the latency of an open load, a quarter of what production can answer: new versions roll out one after the other
-(mirrored, 5 %, 25 %, all), and the 99th percentile while they do is set against that of the stretches between. Beside
-it stands what each phase of a roll-out adds, whose beginnings the orchestrator's log tells.
+Then the latency of an open load, a quarter of what production can answer: new versions roll out one after the other (a
+quarter of the requests mirrored, 5 %, 25 %, all), and the 99th percentile while they do is set against that of the
+stretches between. Beside it stands what each phase of a roll-out adds; the orchestrator's log tells when it began.
 """
 
 import argparse
@@ -46,7 +46,7 @@ BAR_ROLLBACK_S = 5.0
 BAR_P99 = 1.5
 PERIMETER = "production"
 STAGES = [{"weight": 25, "bake_s": 1, "min_requests": 0}]
-OPEN_STAGES = [{"weight": weight, "bake_s": 5, "min_requests": 20} for weight in (0, 5, 25)]
+OPEN_STAGES = [{"weight": weight, "bake_s": 5, "min_requests": 20, "copies": 25} for weight in (0, 5, 25)]
 _SAMPLES = 1500
 # What a version does not share with another one of its run.
 _OF_ITS_OWN = {lineage.TAG_ARCHIVE_URL, lineage.TAG_DIGEST, lineage.TAG_PROOF}
@@ -273,7 +273,7 @@ def looping_table(looping: dict[str, Any]) -> str:
     """What the looping clients saw."""
     seen = looping["seen"]
     many = report.verdict(seen["requests"] >= BAR_REQUESTS)
-    fast = report.verdict(max(looping["rollbacks_s"]) <= BAR_ROLLBACK_S)
+    fast = report.verdict(max(looping["rollbacks_s"], default=0.0) <= BAR_ROLLBACK_S)
     rows: list[list[object]] = [
         ["promotions and rollbacks", len(looping["promotions_s"]), "50"],
         ["requests", f"{seen['requests']:,}", f"at least {BAR_REQUESTS:,}, {many}"],
