@@ -46,7 +46,7 @@ def main() -> None:
     report.await_quiet(given.quiet, given.patience)
     content: dict[str, Any] = {"machine": report.machine()}
     if "recovery" in given.parts:
-        content["recovery"] = {mode: recovery(python, mode == "webhooks") for mode in BARS_S}
+        content["recovery"] = {mode: recovery(python, given.faults, mode == "webhooks") for mode in BARS_S}
     if "bad" in given.parts:
         content["bad"] = with_rig(python, bad_models)
     if "good" in given.parts:
@@ -59,6 +59,10 @@ def arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="default: all")
+    names = [fault.__name__ for fault in (*STEADY, *MOVING)]
+    parser.add_argument(
+        "--faults", nargs="*", choices=names, default=names, metavar="FAULT", help="default: all thirty"
+    )
     parser.add_argument("--good", type=int, default=50, help="how many good versions (default: 50)")
     parser.add_argument("--quiet", type=float, default=0.6, help="load to wait for before measuring (default: 0.6)")
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for it at most (default: 0)")
@@ -81,14 +85,15 @@ def with_rig(python: str, part: Any) -> Any:
         return part(rig)
 
 
-def recovery(python: str, webhooks: bool) -> dict[str, float]:
+def recovery(python: str, faults: list[str], webhooks: bool) -> dict[str, float]:
     """Seconds until production serves one version everywhere again, by fault."""
     with a_production(python, poll_s=POLL_S, webhooks=webhooks) as rig:
         for factor in (1.0, 1.1):
             version = rig.version(scaled(factor))
             rig.promote(version)
             rig.await_live(version, _PATIENCE_S)
-        return {fault.__name__: seconds_of(rig, fault) for fault in (*STEADY, *MOVING)}
+        chosen = (fault for fault in (*STEADY, *MOVING) if fault.__name__ in faults)
+        return {fault.__name__: seconds_of(rig, fault) for fault in chosen}
 
 
 def seconds_of(rig: Rig, fault: Fault) -> float:
