@@ -137,6 +137,14 @@ def test_who_runs_another_release_is_not_spoken_to(rig: Rig) -> None:
         reach.observe_on(older)
 
 
+def test_a_shell_that_talks_is_named(rig: Rig) -> None:
+    one = node(rig)
+    assert one.ssh
+    talking = one.model_copy(update={"ssh": one.ssh.model_copy(update={"command": ("echo", "Welcome!", "#")})})
+    with pytest.raises(ServingError, match="says 'Welcome!' before its agent does"):
+        reach.observe_on(talking)
+
+
 def test_a_figure_that_is_no_number_crosses_over(rig: Rig, live: str) -> None:
     folder = local(rig)._config.predictions / "odd"
     folder.mkdir()

@@ -451,7 +451,7 @@ def test_a_breach_reverts_while_the_tracking_server_is_away(rig: Rig, live: str)
     rig.await_refused(version)
     settled(rig, live)
     rig.await_told(version, "refusal")
-    assert "torchrelay.production.refused" in rig.made(version).tags
+    until(lambda: "torchrelay.production.refused" in rig.made(version).tags, 10)
 
 
 @pytest.mark.whole

@@ -82,7 +82,7 @@ class _Line:
         self._process = subprocess.Popen(
             _command(node), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True
         )
-        self._words = ""
+        self._words = self._noise = ""
         self._lock, self._closing = threading.Lock(), threading.Lock()
         self._number = 0
         self._waiting: dict[int, Future[tuple[Json, bytes]]] = {0: Future()}
@@ -158,7 +158,10 @@ class _Line:
         assert self._process.stdout is not None  # noqa: S101 - it was asked for
         with self._process.stdout as stdout:
             while header := stdout.readline():
-                given = json.loads(header)
+                given = _header(header)
+                if given is None:
+                    self._noise = header.decode(errors="replace").strip()
+                    break
                 found = self._waiting.get(given.get("id", 0))
                 content = stdout.readline()
                 if found and content.endswith(b"\n"):
@@ -172,6 +175,12 @@ class _Line:
         self.close()
         words = [line.strip() for line in self._words.splitlines() if line.strip()]
         text = words[-1] if words else f"ssh ended with status {self._process.returncode}"
+        if self._noise:
+            raise ServingError(
+                f"{self._name} says {self._noise[:200]!r} before its agent does",
+                "a shell that prints nothing where nobody reads it",
+                f"make {self.node.ssh.user if self.node.ssh else 'its user'}'s start-up files there say nothing",
+            )
         if any(one in line.lower() for one in _DISTRUST for line in words):
             where = self.node.ssh.known_hosts if self.node.ssh else ""
             raise UntrustedError(
@@ -189,6 +198,15 @@ def hang_up() -> None:
             line.close()
         _lines.clear()
         _given_up.clear()
+
+
+def _header(line: bytes) -> Json | None:
+    """The header of an answer; None if it is none."""
+    try:
+        given = json.loads(line)
+    except ValueError:
+        return None
+    return given if isinstance(given, dict) else None
 
 
 _lines: dict[Node, _Line] = {}
