@@ -188,6 +188,7 @@ def move_in_the_page(server: Server, version: str, alias: str = "production") ->
         "POST",
         f"{server.url}/ajax-api/2.0/mlflow/registered-models/alias",
         json={"name": "digits", "alias": alias, "version": version},
+        timeout=30,
     )
     assert answer.status == 200, answer.data
 

@@ -12,7 +12,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import psutil
@@ -295,8 +295,8 @@ def test_an_orchestrator_that_stood_still_has_lost_its_say(really: bool, rig: Ri
     with unharmed(rig):
         rig.promote(version)
         rig.await_stage(version, 0)
-        rig.signal(ORCHESTRATOR, signal.SIGSTOP)
         try:
+            stop_orchestrator(rig)
             if not really:
                 expire_lease(rig)
             with rig.store.lease(60) as token:
@@ -319,6 +319,25 @@ def test_an_orchestrator_that_stood_still_has_lost_its_say(really: bool, rig: Ri
                 process.send_signal(signal.SIGCONT)
         settled(rig, version, 60)
     rig.await_told(version, "rollout")
+
+
+def stop_orchestrator(rig: Rig) -> None:
+    """Not in the middle of a write to its memory, which nobody could get at then."""
+    rig.signal(ORCHESTRATOR, signal.SIGSTOP)
+    while not writable(rig):
+        rig.signal(ORCHESTRATOR, signal.SIGCONT)
+        time.sleep(0.1)
+        rig.signal(ORCHESTRATOR, signal.SIGSTOP)
+
+
+def writable(rig: Rig) -> bool:
+    with closing(sqlite3.connect(rig.store.path, timeout=1)) as connection:
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError:
+            return False
+        connection.rollback()
+        return True
 
 
 def expire_lease(rig: Rig) -> None:

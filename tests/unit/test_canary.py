@@ -50,6 +50,17 @@ def test_a_stage_without_a_breach(stage, counts, baked_s, kind, says):
     assert says in judgement.reason
 
 
+def test_a_stage_goes_on_while_a_rule_is_halfway_to_a_breach():
+    """The next one would serve five times as much of what may be bad."""
+    stage = Stage(weight=5, bake_s=1, min_requests=5)
+    doubtful = Block(requests=10, live_requests=190, compared=10, disagreed=7)
+    found = judge(POLICY, stage, [doubtful], 20)
+    assert (found.kind, found.rule) == ("bake", None)
+    assert "may be broken: 7 of 10 compared answers" in found.reason
+    assert judge(POLICY, stage, [doubtful, *[CLEAN] * 20], 20).kind == "pass"
+    assert judge(POLICY, stage, [doubtful, doubtful], 20).kind == "breach"
+
+
 @pytest.mark.parametrize(
     ("rule", "bad"),
     [

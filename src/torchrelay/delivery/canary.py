@@ -86,6 +86,8 @@ class _Rule:
     candidate: Sample
     live: Sample | None
     evidence: float
+    """The most that it ever was."""
+    now: float
 
     @property
     def share(self) -> str:
@@ -108,13 +110,16 @@ def judge(policy: Rollout, stage: Stage, blocks: Sequence[Block], baked_s: float
     """Judge the candidate by all that happened in this stage: one block for each poll, in order.
 
     `baked_s` is how long the stage has lasted. A breach comes first, at any time; then the stage bakes until its time
-    is over; then it passes if enough requests came (in a shadow stage: compared answers), and else is starved, which
+    is over, and no rule is halfway to a breach, since a larger stage would only serve more of what may be bad; then it
+    passes if enough requests came (in a shadow stage: compared answers), and else is starved, which
     `policy.little_traffic` has an answer to.
     """
     rules = _rules(policy, blocks)
     figures = {"baked_s": baked_s, **_figures(policy, rules)}
     if breach := _breach(policy, rules, figures):
         return breach
+    if baked_s >= stage.bake_s and (suspicion := _suspicion(policy, rules)):
+        return Judgement(kind="bake", reason=suspicion, figures=figures)
     count = rules["disagreement" if stage.shadow else "errors"].candidate.n
     kind, reason = _progress(stage, count, baked_s)
     return Judgement(kind=kind, reason=reason, figures=figures)
@@ -150,12 +155,14 @@ def _rules(policy: Rollout, blocks: Sequence[Block]) -> dict[RuleName, _Rule]:
 
 
 def _alone(name: RuleName, samples: list[Sample], limit: float) -> _Rule:
-    return _Rule(name, limit, sum(samples, Sample()), None, max(exceeds_limit(samples, limit), default=0.0))
+    process = exceeds_limit(samples, limit) or [0.0]
+    return _Rule(name, limit, sum(samples, Sample()), None, max(process), process[-1])
 
 
 def _beside_live(name: RuleName, pairs: list[tuple[Sample, Sample]], excess: float) -> _Rule:
     candidate, live = (sum((pair[side] for pair in pairs), Sample()) for side in (0, 1))
-    return _Rule(name, excess, candidate, live, max(exceeds_live(pairs, excess), default=0.0))
+    process = exceeds_live(pairs, excess) or [0.0]
+    return _Rule(name, excess, candidate, live, max(process), process[-1])
 
 
 def _breach(policy: Rollout, rules: dict[RuleName, _Rule], figures: dict[str, float | None]) -> Judgement | None:
@@ -167,6 +174,17 @@ def _breach(policy: Rollout, rules: dict[RuleName, _Rule], figures: dict[str, fl
     chance = f"by chance in at most one of {1 / alpha_share(policy):,.0f} stages"
     reason = f"Rule {broken.name} is broken: {broken.share} ({chance})."
     return Judgement(kind="breach", rule=broken.name, reason=reason, figures=figures)
+
+
+def _suspicion(policy: Rollout, rules: dict[RuleName, _Rule]) -> str:
+    """Of a rule that is halfway to a breach, on the scale of evidence, or beyond: more requests will settle it."""
+    needed = -math.log(alpha_share(policy))
+    rule = next((rule for rule in rules.values() if rule.now >= needed / 2), None)
+    if rule is None:
+        return ""
+    return (
+        f"Rule {rule.name} may be broken: {rule.share}. It stays in this stage until more requests have settled that."
+    )
 
 
 def _progress(stage: Stage, count: int, baked_s: float) -> tuple[Kind, str]:
