@@ -295,6 +295,7 @@ def test_an_orchestrator_that_stood_still_has_lost_its_say(really: bool, rig: Ri
     with unharmed(rig):
         rig.promote(version)
         rig.await_stage(version, 0)
+        until(lambda: rig.state.rollout is not None and "first" in rig.state.rollout.marks)
         try:
             stop_orchestrator(rig)
             if not really:
@@ -322,7 +323,7 @@ def test_an_orchestrator_that_stood_still_has_lost_its_say(really: bool, rig: Ri
 
 
 def stop_orchestrator(rig: Rig) -> None:
-    """Not in the middle of a write to its memory, which nobody could get at then."""
+    """Not in the middle of a write to its memory, which nobody could get at then; nor of an apply, which has a lock."""
     rig.signal(ORCHESTRATOR, signal.SIGSTOP)
     while not writable(rig):
         rig.signal(ORCHESTRATOR, signal.SIGCONT)
