@@ -113,7 +113,7 @@ def test_a_program_that_keeps_failing_starts_at_once_when_it_is_asked_for(
     until(lambda: not supervisor.running(wanted.name), 10)
     (tmp_path / "mended").touch()
     assert supervisor.ensure(wanted)
-    until(lambda: supervisor.running(wanted.name), 1)
+    until(lambda: supervisor.running(wanted.name), 10)
 
 
 def test_a_command_that_is_not_there_is_named(supervisor: Supervisor, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def test_an_engine_that_dies_comes_back_empty_and_recovers_costs_no_request(tmp_
                 time.sleep(3)
                 assert clients.answers["again"] == 0
                 rig.tell(two, "/be/well")
-                rig.until(lambda: clients.answers["again"] > 0, 2)
+                rig.until(lambda: clients.answers["again"] > 0)
                 rig.tell(two, "/be/dead")
                 time.sleep(1)
                 rig.tell(two, "/be/well")

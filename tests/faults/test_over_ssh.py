@@ -91,10 +91,9 @@ def test_calls_are_answered_side_by_side(rig: Rig, live: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent, ThreadPoolExecutor() as pool:
         port = {"host": "127.0.0.1", "port": silent.getsockname()[1]}
         hangs = held.model_copy(update={"endpoint": held.endpoint.model_copy(update=port)})
-        began = time.monotonic()
-        slow = pool.submit(there.ask, hangs, b"", {}, 1.5)
+        slow = pool.submit(there.ask, hangs, b"", {}, 8)
         assert there.observe().node == NODES[0]
-        assert time.monotonic() - began < 1.5
+        assert not slow.done()
         assert slow.result().status == 504
 
 

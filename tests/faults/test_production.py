@@ -76,15 +76,15 @@ def test_a_promotion_goes_through_every_stage_and_a_rollback_takes_seconds(rig: 
         assert "live in production already" in again.stderr
         began = time.monotonic()
         rig.promote(live)
-        until(lambda: (state := rig.state).live is not None and state.live.version == live, 10)
+        until(lambda: (state := rig.state).live is not None and state.live.version == live, 30)
         took = time.monotonic() - began
         settled(rig, live)
     said = done.stderr + done.stdout
     assert [stage for stage in ("shadow", " 5 %", " 25 %") if stage not in said] == []
-    assert took < 5
+    assert took < 15, "kept warm, so a matter of seconds even on a busy machine"
     assert set(clients.by_version) == {live, version}
     rig.await_told(version, "rollout")
-    until(lambda: rig.told(live)[-1] == "rollback", 10)
+    until(lambda: rig.told(live)[-1] == "rollback", 30)
 
 
 def test_the_alias_is_moved_while_a_version_rolls_out(rig: Rig, live: str) -> None:
@@ -471,7 +471,7 @@ def test_a_breach_reverts_while_the_tracking_server_is_away(rig: Rig, live: str)
     rig.await_refused(version)
     settled(rig, live)
     rig.await_told(version, "refusal")
-    until(lambda: "torchrelay.production.refused" in rig.made(version).tags, 10)
+    until(lambda: "torchrelay.production.refused" in rig.made(version).tags, 30)
 
 
 @pytest.mark.whole

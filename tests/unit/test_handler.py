@@ -422,7 +422,7 @@ def test_a_full_queue_drops_and_says_so(tmp_path: Path, monkeypatch: pytest.Monk
     for number in range(10_000):
         log.put(0.0, 1.0, [(f"r{number}", {}, 200, b"{}", None, {})])
     log.put(0.0, 1.0, [("large", {}, 200, bytes(2**25), None, {})])
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 10
     disk.set()
     log.thread.join(0.5)
     log.put(0.0, 1.0, [("next", {}, 200, b"{}", None, {})])
