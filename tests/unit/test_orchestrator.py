@@ -15,6 +15,7 @@ from torchrelay.config import Node, Perimeter, Site, TrackingServer
 from torchrelay.delivery import orchestrator
 from torchrelay.delivery.converge import Outcome
 from torchrelay.delivery.orchestrator import Orchestrator
+from torchrelay.delivery.store import Rollout, State
 from torchrelay.errors import TrackingError
 from torchrelay.webhooks import Place
 
@@ -174,6 +175,17 @@ def test_the_webhook_is_kept_while_it_runs(tmp_path: Path, looks: Looks, keepers
     made.stop()
     loop.join(10)
     assert not keeper.running
+
+
+@pytest.mark.parametrize(
+    ("stage", "baked_s", "expected"),
+    [(-1, 0.1, 1.0), (0, 0.1, 1.0), (1, 0.1, 0.3), (1, 1.2, 0.6), (1, 60, 1.0), (2, 0.1, 1.0)],
+    ids=["loading", "shadow", "callers' first", "callers' next", "callers' later", "all"],
+)
+def test_it_looks_sooner_while_little_is_known_of_what_callers_get(stage: int, baked_s: float, expected: float) -> None:
+    rollout = Rollout.model_construct(stage=stage, weights=(0, 5), since=time.time() - baked_s)
+    assert orchestrator.pause(State(component="tiny")) == 1.0
+    assert orchestrator.pause(State.model_construct(rollout=rollout)) == pytest.approx(expected, abs=0.1)
 
 
 def test_what_stays_down_is_said_once(tmp_path: Path, looks: Looks, caplog: pytest.LogCaptureFixture) -> None:

@@ -15,13 +15,14 @@ from types import FrameType
 from torchrelay.config import Perimeter, Site, settings
 from torchrelay.delivery.admission import Gatekeeper
 from torchrelay.delivery.converge import Converger, Evidence
-from torchrelay.delivery.store import Store, store
+from torchrelay.delivery.store import State, Store, store
 from torchrelay.errors import TorchrelayError
 from torchrelay.tracking import Tracking
 from torchrelay.webhooks import Keeper, webhook_place
 
-# Each look costs a core about a quarter of a second, which what serves beside it has to do without.
-_SOON_S = 1.0
+# Each look costs processor time, which what serves beside it has to do without. Callers that get a candidate's answers
+# are worth more of it while nothing is known of them: a stage's first looks come sooner.
+_SOON_S, _SOONEST_S = 1.0, 0.3
 _SAY_AGAIN_S = 300.0
 _LEASE_PATIENCE_S = 5.0
 _WATCH_S = 1.0
@@ -116,11 +117,19 @@ class Orchestrator:
                         log.warning("%s", _line(error))
                     if not outcome.soon:
                         return min(5.0, self.perimeter.poll_s) if outcome.errors else float(self.perimeter.poll_s)
-                    self._woken.wait(_SOON_S)
+                    self._woken.wait(min(map(pause, self.memory.states().values()), default=_SOON_S))
                     self._woken.clear()
         except TorchrelayError as error:
             log.warning("%s", _line(error))
         return min(5.0, self.perimeter.poll_s)
+
+
+def pause(state: State) -> float:
+    """Seconds until the next look at a roll-out: half as long as callers have been getting the candidate's answers."""
+    rollout = state.rollout
+    if rollout is None or not 0 <= rollout.stage < len(rollout.weights) or not rollout.weights[rollout.stage]:
+        return _SOON_S
+    return min(_SOON_S, max(_SOONEST_S, (time.time() - rollout.since) / 2))
 
 
 def _line(error: TorchrelayError) -> str:
