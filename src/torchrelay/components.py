@@ -56,8 +56,10 @@ def gate_digest(name: str) -> str:
 
 
 def serving_digest(name: str) -> str:
-    """A hash of the settings that an engine reads."""
-    return _sha256(component(name).serving.model_dump_json().encode())[:16]
+    """A hash of the settings that an engine and its prediction log read."""
+    policy = component(name)
+    content = f"{policy.serving.model_dump_json()} {policy.monitoring.model_dump_json()}"
+    return _sha256(content.encode())[:16]
 
 
 def variant() -> Variant:

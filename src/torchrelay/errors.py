@@ -36,6 +36,10 @@ class ArchiveError(TorchrelayError):
     """An archive is not what its manifest or its signature says."""
 
 
+class BrokenOffError(ArchiveError):
+    """An archive's run was ended from outside, or did not start: that says nothing of the archive."""
+
+
 class RefusedError(TorchrelayError):
     """A version may not go where somebody asked it to go. Nothing was changed."""
 

@@ -3,11 +3,14 @@
 Every leg reads what the one before it left and writes its own; nothing else passes between them.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from torchrelay.config import Frozen
+from torchrelay.config import Frozen, Name
+
+# Whoever can write to the registry chooses these, and files are named after them.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}$")]
 
 
 class DataVersion(Frozen):
@@ -117,10 +120,10 @@ class Proof(Frozen):
 class WantedVersion(Frozen):
     """One version that a node must hold."""
 
-    component: str
-    version: str
-    digest: str
-    environment: str
+    component: Name
+    version: FileName
+    digest: FileName
+    environment: FileName
     url: str = Field(description="Folder of model.mar, manifest.json and model.sig.")
     workers: int
     batch_size: int

@@ -363,7 +363,8 @@ def test_changed_serving_settings_start_a_new_engine_without_a_training_or_a_los
     before, count = _serving(deployed), len(_versions(deployed))
     path = deployed.folder / "config" / "local.yaml"
     overlay = yaml.safe_load(path.read_text())
-    overlay["components"][COMPONENT]["serving"] = {"workers": 2}
+    # What component.yaml says is neither of these.
+    overlay["components"][COMPONENT] |= {"serving": {"workers": 3}, "monitoring": {"keep_inputs": False}}
     with _looping_clients(deployed, _one(deployed)) as statuses:
         path.write_text(yaml.safe_dump(overlay))
         done = deployed.ok("deploy-dev", "--component", COMPONENT)
@@ -374,7 +375,8 @@ def test_changed_serving_settings_start_a_new_engine_without_a_training_or_a_los
     [instance] = (node.folder / "engines").glob("*/instance.json")
     management = json.loads(instance.read_text())["ports"][1]
     [described] = urllib3.request("GET", f"http://127.0.0.1:{management}/models/{COMPONENT}/{before}").json()
-    assert [worker["status"] for worker in described["workers"]] == ["READY", "READY"]
+    assert [worker["status"] for worker in described["workers"]] == ["READY"] * 3
+    assert json.loads(instance.read_text())["keep_inputs"] is False
 
 
 def test_a_refused_candidate_moves_no_alias_and_says_why(deployed: Checkout) -> None:

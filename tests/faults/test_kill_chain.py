@@ -5,6 +5,7 @@ The registry and the node are simulated so that every boundary can be tried; the
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchrelay.handover import (
     Endpoint,
     Environment,
     Evaluation,
+    Fault,
     HeldVersion,
     Manifest,
     NodeReport,
@@ -296,6 +298,81 @@ def test_killed_at_any_boundary_a_rerun_ends_with_one_version_per_run_which_is_l
         assert registry.served == [str(attempt)]
         assert [entry.to_version for entry in registry.ledger.values()] == [str(made) for made in range(1, attempt + 1)]
     assert attempt > 30, "the boundaries were not reached"
+
+
+def test_changed_settings_reach_the_node_whenever_it_is_killed_and_make_no_version(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chain(tmp_path, "one")
+    for attempt in range(1, 100):
+        policy = register.component("tiny")
+        serving = policy.serving.model_copy(update={"workers": 1 + attempt})
+        monitoring = policy.monitoring.model_copy(update={"keep_inputs": bool(attempt % 2)})
+        changed = policy.model_copy(update={"serving": serving, "monitoring": monitoring})
+        monkeypatch.setattr(register, "component", lambda name, changed=changed: changed)
+        for name in ("archive.json", "proof.json", "dev.json"):  # what depends on the settings
+            (tmp_path / "one" / name).unlink()
+        registry.boundaries, registry.kill_at = 0, attempt
+        with suppress(Killed):
+            chain(tmp_path, "one")
+        done, registry.kill_at = registry.boundaries < attempt, None
+        chain(tmp_path, "one")
+        (held,), (routed,) = registry.desired.components, registry.desired.routes
+        assert (held.version, held.workers, held.keep_inputs) == ("1", 1 + attempt, bool(attempt % 2))
+        assert routed.version == held
+        if done:
+            break
+    assert attempt > 5, "the boundaries were not reached"
+    assert registry.aliases_set == {"dev": "1", "dev-live": "1"}
+    assert [entry.kind for entry in registry.ledger.values()] == ["rollout"]
+
+
+def test_another_components_trouble_keeps_nobody_waiting(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even where its record cannot be read at all."""
+    close = converge.Converger._close
+
+    def fails(self: converge.Converger, component: str, asked: Any) -> Any:
+        if component == "other":
+            raise KeyError("torchrelay.serving")
+        return close(self, component, asked)
+
+    monkeypatch.setattr(converge.Converger, "_close", fails)
+    monkeypatch.setattr(Registry, "models", lambda self: {"tiny": self.aliases_set, "other": {}})
+    store = memory.store("dev")
+    with store.lease(1) as token:
+        store.save(memory.State(component="other"), token)
+    chain(tmp_path, "one")
+    assert registry.served == ["1"]
+    assert "other could not be looked at" in store.state("other").trouble
+    assert "other is in trouble" in capsys.readouterr().err
+    with pytest.raises(ServingError, match="other could not be looked at"):
+        converge.converge(SITE, "dev", "test")
+
+
+def test_a_version_that_failed_to_load_is_tried_again_by_the_same_command(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its worker may have been killed for want of memory, which says nothing of the version."""
+    chain(tmp_path, "one")
+    apply_on, failures = reach.apply_on, [1]
+
+    def fails(node: Node, wanted: Desired) -> tuple[NodeReport, TorchrelayError | None]:
+        if failures and any(one.version == "2" for one in wanted.components):
+            failures.pop()
+            fault = Fault(
+                component="tiny", version="2", found="lost a worker", expected="e", next_command="n", final=True
+            )
+            return registry.report().model_copy(update={"faults": (fault,)}), ServingError("lost a worker", "e", "n")
+        return apply_on(node, wanted)
+
+    monkeypatch.setattr(reach, "apply_on", fails)
+    with pytest.raises(TorchrelayError, match="lost a worker"):
+        chain(tmp_path, "two")
+    assert registry.served == ["1"]
+    chain(tmp_path, "two")
+    assert registry.served == ["2"]
 
 
 def test_a_refused_run_moves_no_alias_whenever_it_is_killed(registry: Registry, tmp_path: Path) -> None:

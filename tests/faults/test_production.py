@@ -189,6 +189,15 @@ def forbidden(rig: Rig, live: str, kind: str) -> str:
         case "swapped":
             other = rig.version(scaled(2.0))
             return rig.version(damage=swapped(rig.folder / "made" / other / "archive"))
+        case "a path for a digest":
+            return rig.version(tags=dict.fromkeys(("torchrelay.archive.digest", "torchrelay.archive.proof"), ".."))
+        case "a path for an environment":
+            return rig.version(tags={"torchrelay.environment": "../../elsewhere"})
+        case "no settings":
+            return rig.version(tags={"torchrelay.serving": ""})
+        case "the live version's digest":
+            digest = rig.made(live).tags["torchrelay.archive.digest"]
+            return rig.version(tags=dict.fromkeys(("torchrelay.archive.digest", "torchrelay.archive.proof"), digest))
         case "uncommitted":
             return rig.version(handler=BAD_MODELS / "one_class.py", committed=False)
     raise AssertionError(kind)
@@ -203,6 +212,10 @@ FORBIDDEN = {
     "flipped": "does not come in",
     "truncated": "does not come in",
     "swapped": "with the digest|does not come in",
+    "a path for a digest": "not what the pipeline writes",
+    "a path for an environment": "not what the pipeline writes",
+    "no settings": "not what the pipeline writes",
+    "the live version's digest": "does not come in",
     "uncommitted": "handler.py in the archive differs",
 }
 
@@ -210,6 +223,8 @@ FORBIDDEN = {
 @pytest.mark.parametrize("kind", FORBIDDEN)
 def test_what_may_not_be_served_is_refused_once_and_changes_nothing(kind: str, rig: Rig, live: str) -> None:
     version = forbidden(rig, live, kind)
+    kept = rig.store.path.parent / "admission" / rig.made(live).tags["torchrelay.archive.digest"] / "model.mar"
+    before = kept.read_bytes()
     with unharmed(rig) as clients:
         rig.promote(version)
         reason = rig.await_refused(version)
@@ -226,6 +241,7 @@ def test_what_may_not_be_served_is_refused_once_and_changes_nothing(kind: str, r
     assert rig.looked_at(version) == 1
     assert set(clients.by_version) == {live}
     assert re.search(FORBIDDEN[kind], reason), reason
+    assert kept.read_bytes() == before, "what is live is run here, to compare with"
 
 
 def test_a_refused_version_is_looked_at_again_once_its_record_has_changed(rig: Rig, live: str) -> None:

@@ -55,6 +55,19 @@ def test_a_refused_version_is_remembered_with_its_reason_and_nothing_to_serve() 
     assert found.wanted is None
 
 
+@pytest.mark.parametrize(
+    "tags",
+    [
+        *({TAG_DIGEST: bad, TAG_PROOF: bad} for bad in ("..", "../..", "/etc", "a/b", ".hidden", "d\n")),
+        *({TAG_ENVIRONMENT: bad} for bad in ("../other", "/", "", "..")),
+        *({TAG_SERVING: bad} for bad in ("", "nonsense", "[]", '{"workers": 0}', '{"keep_inputs": "perhaps"}')),
+    ],
+)
+def test_tags_that_no_pipeline_writes_are_a_reason_and_no_path(tags: dict[str, str]) -> None:
+    """Anybody who can write to the registry can write them, and folders are named after them."""
+    assert "not what the pipeline writes" in (refusal(version(**tags)) or "")
+
+
 def test_a_proof_of_another_archive_does_not_count() -> None:
     assert "not proven" in (refusal(version(**{TAG_PROOF: "e" * 64})) or "")
 

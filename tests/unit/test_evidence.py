@@ -1,6 +1,8 @@
 """What a stage is judged on: requests that hang are counted before they end, and never twice."""
 
 import time
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -10,9 +12,10 @@ from torchrelay.config import Latency, Stage
 from torchrelay.config import Rollout as Policy
 from torchrelay.delivery import evidence
 from torchrelay.delivery.canary import judge
-from torchrelay.delivery.evidence import Overdue, _begins, _block, _concerned, _totals
+from torchrelay.delivery.evidence import CanaryEvidence, Overdue, _begins, _block, _concerned, _totals
 from torchrelay.delivery.sequential import Sample
 from torchrelay.delivery.store import Rollout, State
+from torchrelay.errors import ServingError
 from torchrelay.handover import RouteShare, WantedVersion
 from torchrelay.serving.gateway_stats import BackendCounts, Bucket
 
@@ -131,3 +134,46 @@ def test_a_shadow_is_judged_on_copies_and_everything_else_on_callers_requests(
 ) -> None:
     assert _concerned({KEY: 5, LIVE: 90}, {KEY: 70, LIVE: 3}, shadow) == found
     assert _concerned({LIVE: 90}, {}, KEY) == {LIVE: 90}
+
+
+class Counting:
+    """A gateway's figures: every request to the candidate fails."""
+
+    versions: ClassVar = {KEY: BackendCounts(requests=500, errors=500), LIVE: BackendCounts(requests=9500)}
+    copies: ClassVar[dict[tuple[str, str], BackendCounts]] = {}
+
+    def since(self, _first: object) -> "Counting":
+        return self
+
+    def model_dump(self, mode: str) -> dict[str, object]:
+        return {}
+
+
+@pytest.mark.parametrize("dead", [False, True])
+def test_a_breach_is_seen_though_the_log_of_a_node_cannot_be_read(dead: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = SimpleNamespace(
+        gateway_node="gw", nodes=[SimpleNamespace(name=n, holds=n != "gw") for n in ("gw", "a", "b")]
+    )
+
+    def tail(node: str) -> SimpleNamespace:
+        if dead and node == "b":
+            raise ServingError("node b is out of reach", "an answer", "make status")
+        return SimpleNamespace(predictions=(), state={node: 7})
+
+    asked = SimpleNamespace(versions={}, copies={})
+    seen = SimpleNamespace(reading=Counting(), in_flight=asked, shares=[share(5)])
+
+    def calls(node: SimpleNamespace) -> SimpleNamespace:
+        return SimpleNamespace(counted=lambda: seen, tail=lambda *_: tail(node.name))
+
+    monkeypatch.setattr(evidence.reach, "calls", calls)
+    monkeypatch.setattr(evidence.Reading, "model_validate", lambda _: Counting())
+    policy = SimpleNamespace(rollout=Policy(), latency=OBJECTIVE)
+    monkeypatch.setattr(evidence, "component_settings", lambda _: policy)
+    zero = {f"{p}{n}": 0 for p in ("", "live_") for n in ("requests", "errors", "timed", "slow")}
+    marks = {"first": {}, "totals": zero, "tails": {"a": {"a": 1}, "b": {"b": 2}}}
+    rollout = ROLLOUT.model_copy(update={"stage": 1, "since": time.time() - 60, "marks": marks})
+    found = CanaryEvidence().gather(STATE.model_copy(update={"rollout": rollout}), place).rollout  # type: ignore[arg-type]
+    assert found is not None
+    assert found.judgement == "breach"
+    assert found.marks["tails"] == {"a": {"a": 7}, "b": {"b": 2} if dead else {"b": 7}}

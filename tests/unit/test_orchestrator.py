@@ -33,7 +33,7 @@ class Looks(list[str]):
 
     def tick(self) -> Outcome:
         error = TrackingError("no answer", "an answer", "make up")
-        return Outcome(errors=[error] if self.down else [])
+        return Outcome(general=[error] if self.down else [])
 
     def wait(self, count: int) -> None:
         end = time.monotonic() + 20
@@ -179,8 +179,8 @@ def test_the_webhook_is_kept_while_it_runs(tmp_path: Path, looks: Looks, keepers
 
 @pytest.mark.parametrize(
     ("stage", "baked_s", "expected"),
-    [(-1, 0.1, 1.0), (0, 0.1, 1.0), (1, 0.1, 0.3), (1, 1.2, 0.6), (1, 60, 1.0), (2, 0.1, 1.0)],
-    ids=["loading", "shadow", "callers' first", "callers' next", "callers' later", "all"],
+    [(-1, 0.1, 1), (0, 0.1, 1), (1, 0.1, 0.3), (1, 1.2, 0.6), (1, 60, 1), (1, 3600, 6), (1, 1e6, 30), (2, 0.1, 1)],
+    ids=["loading", "shadow", "callers' first", "callers' next", "later", "after an hour", "after days", "all"],
 )
 def test_it_looks_sooner_while_little_is_known_of_what_callers_get(stage: int, baked_s: float, expected: float) -> None:
     rollout = Rollout.model_construct(stage=stage, weights=(0, 5), since=time.time() - baked_s)

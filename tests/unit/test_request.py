@@ -3,17 +3,19 @@
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from torchrelay.cli import promote
 from torchrelay.config import Node, Perimeter, Site, TrackingServer
 from torchrelay.delivery import request
 from torchrelay.delivery.store import Admission, Rollout, Served, State, Store
 from torchrelay.errors import RefusedError, ServingError
 from torchrelay.handover import WantedVersion
-from torchrelay.lineage import TAG_ARCHIVE_URL, TAG_DIGEST, TAG_PROOF, TAG_VERDICT
+from torchrelay.lineage import TAG_ARCHIVE_URL, TAG_DIGEST, TAG_ENVIRONMENT, TAG_PROOF, TAG_SERVING, TAG_VERDICT
 from torchrelay.tracking import ModelVersion
 
 
@@ -34,6 +36,7 @@ def _wanted(version: str) -> WantedVersion:
 
 def _model(version: str, **tags: str) -> ModelVersion:
     passed = {TAG_VERDICT: "pass", TAG_DIGEST: f"d{version}", TAG_PROOF: f"d{version}", TAG_ARCHIVE_URL: "http://x"}
+    passed |= {TAG_ENVIRONMENT: "py311-cpu-0", TAG_SERVING: "{}"}
     return ModelVersion(
         name="digits", version=version, run_id="r", source="s", status="READY", tags={**passed, **tags}, aliases=()
     )
@@ -91,6 +94,10 @@ class Rig:
         with self.memory.lease(5) as token:
             state = self.memory.state("digits").model_copy(update=changes)
             self.memory.save(State.model_validate(state.model_dump()), token)
+
+    def decide(self, admission: Admission) -> None:
+        with self.memory.lease(5) as token:
+            self.memory.decide(admission, token)
 
     def deploy(self, version: str, **more: Any) -> None:
         request.deploy(self.site, "production", _model(version), why="test", **more)
@@ -176,8 +183,8 @@ def test_without_patience_it_asks_and_returns(rig: Rig) -> None:
     ],
 )
 def test_what_may_not_go_moves_nothing_and_is_in_the_ledger(rig: Rig, model: ModelVersion, reason: str) -> None:
-    rig.memory.decide(_refusal("3", "uncommitted", policy="committed"))
-    rig.memory.decide(_refusal("4", "worse"))
+    rig.decide(_refusal("3", "uncommitted", policy="committed"))
+    rig.decide(_refusal("4", "worse"))
     with pytest.raises(RefusedError, match=reason):
         request.deploy(rig.site, "production", model, why="test", timeout_s=5)
     assert rig.there == {"production": "1"}
@@ -185,11 +192,41 @@ def test_what_may_not_go_moves_nothing_and_is_in_the_ledger(rig: Rig, model: Mod
 
 
 def test_what_served_here_needs_no_other_decision(rig: Rig) -> None:
-    rig.memory.decide(_refusal("2", "worse"))
+    rig.decide(_refusal("2", "worse"))
     rig.save(served=(Served(wanted=_wanted("2"), since=1.0),))
     rig.on_wake = lambda: rig.save(live=_wanted("2"))
     rig.deploy("2", timeout_s=20)
     assert rig.refused == []
+
+
+def test_what_served_here_is_gone_back_to_whatever_its_tags_say_by_now(rig: Rig) -> None:
+    rig.save(served=(Served(wanted=_wanted("2"), since=1.0),))
+    rig.on_wake = lambda: rig.save(live=_wanted("2"))
+    request.deploy(rig.site, "production", _model("2", **{TAG_VERDICT: "refuse"}), why="test", timeout_s=20)
+    assert rig.refused == []
+
+
+def test_it_stops_following_when_somebody_asks_for_another_version(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(request, "_SAY_EVERY_S", 0.1)
+
+    def overtake() -> None:
+        rig.there["production"] = "3"
+
+    rig.on_wake = overtake
+    with pytest.raises(RefusedError, match="asked production for version 3 of digits instead of version 2"):
+        rig.deploy("2", timeout_s=20)
+
+
+@pytest.mark.parametrize(
+    ("underway", "version", "expected"),
+    [(False, None, "0"), (True, None, "1"), (True, "1", "1"), (True, "0", "0"), (False, "1", None)],
+)
+def test_the_way_back_is_what_serves_while_another_version_rolls_out(
+    underway: bool, version: str | None, expected: str | None
+) -> None:
+    state = State(component="digits", live=_wanted("1"), served=(Served(wanted=_wanted("0"), since=1.0),))
+    with nullcontext() if expected else pytest.raises(RefusedError, match="none that served"):
+        assert promote._rollback_target(state, "production", version, underway=underway) == expected
 
 
 def test_what_is_live_is_asked_for_again_in_place_of_another_request(rig: Rig) -> None:

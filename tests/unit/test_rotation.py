@@ -354,7 +354,8 @@ def test_what_was_admitted_is_signed_anew_too(world: World) -> None:
         )
         world.server.versions.append(version)
         reason = "" if wanted is admitted else "it is no good"
-        world.memory.decide(decision(version, Trusting().policy(version), reason or None, wanted))
+        with world.memory.lease(1) as token:
+            world.memory.decide(decision(version, Trusting().policy(version), reason or None, wanted), token)
     before = world.server.files["1/8/model.sig"]
     assert world.rotate() == []
     archive.verify(world.fetched(admitted), world.trust, admitted.digest)

@@ -101,13 +101,39 @@ def test_a_long_step_keeps_the_lease(memory: Store, monkeypatch: pytest.MonkeyPa
 
 def test_a_decision_is_remembered_for_its_version_archive_and_policy(memory: Store) -> None:
     known = Admission(component="tiny", version="1", digest="d", policy="p", admitted=True, reason="", at=1)
-    memory.decide(known)
+    decide(memory, known)
     assert memory.admission("tiny", "1", "d", "p") == known
     for other in (("tiny", "2", "d", "p"), ("tiny", "1", "e", "p"), ("tiny", "1", "d", "q")):
         assert memory.admission(*other) is None
-    memory.decide(known.model_copy(update={"admitted": False, "reason": "its canary failed"}))
+    decide(memory, known.model_copy(update={"admitted": False, "reason": "its canary failed"}))
     found = memory.admission("tiny", "1", "d", "p")
     assert found is not None and not found.admitted
+
+
+def decide(memory: Store, admission: Admission) -> None:
+    with memory.lease(1) as token:
+        memory.decide(admission, token)
+
+
+def test_who_has_lost_the_lease_decides_nothing(memory: Store) -> None:
+    known = Admission(component="tiny", version="1", digest="d", policy="p", admitted=True, reason="", at=1)
+    with memory.lease(1) as token:
+        pass
+    with memory.lease(1), pytest.raises(BusyError):
+        memory.decide(known, token)
+    assert memory.admission("tiny", "1", "d", "p") is None
+
+
+def test_only_refusals_of_this_archive_are_forgotten(memory: Store) -> None:
+    known = Admission(component="tiny", version="1", digest="d", policy="p", admitted=True, reason="", at=1)
+    others = [known.model_copy(update=change) for change in ({"version": "2"}, {"digest": "e"})]
+    refused = [one.model_copy(update={"admitted": False, "policy": "q"}) for one in (known, *others)]
+    for one in (known, *refused):
+        decide(memory, one)
+    memory.forget_refusal("tiny", "1", "d")
+    assert memory.admission("tiny", "1", "d", "p") == known
+    assert memory.admission("tiny", "1", "d", "q") is None
+    assert [memory.admission(one.component, one.version, one.digest, "q") for one in refused[1:]] == refused[1:]
 
 
 def served(state: State) -> list[str]:

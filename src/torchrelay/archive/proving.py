@@ -1,6 +1,7 @@
 """Runs an archive in its own environment, in a process of its own: the golden proof, and the frozen test set."""
 
 import json
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,10 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from torchrelay.archive import mar
 from torchrelay.config import Json
-from torchrelay.errors import ArchiveError
+from torchrelay.errors import ArchiveError, BrokenOffError
 from torchrelay.handover import Evaluation, Proof
 
 _TAIL = 2000
+# No model sends itself these; the kernel does where memory is short, and people do.
+_FROM_OUTSIDE = (-signal.SIGKILL, -signal.SIGTERM)
 
 
 class _Outcome(BaseModel):
@@ -128,7 +131,7 @@ def _started(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
     try:
         child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
     except OSError as error:
-        raise ArchiveError(f"{command[0]} does not start: {error}", "the environment's Python", mar.REPACK) from error
+        raise BrokenOffError(f"{command[0]} does not start: {error}", "the environment's Python", mar.REPACK) from error
     with child:
         try:
             yield child
@@ -139,6 +142,8 @@ def _started(command: list[str]) -> Iterator["subprocess.Popen[str]"]:
 
 def _failure(archive: Path, status: int, said: str, complaint: str) -> ArchiveError:
     """The program's own three parts if it got that far, else the end of what it wrote."""
+    if status in _FROM_OUTSIDE:
+        return BrokenOffError(f"{archive} was ended by signal {-status}", "a run to its end", "make doctor")
     try:
         parts: Json = json.loads(said)
         return ArchiveError(parts["found"], parts["expected"], parts["next_command"])

@@ -155,13 +155,15 @@ def snakemake_environment() -> dict[str, str]:
 def _check_perimeter(name: str) -> list[NodeReport]:
     """Ask for what this checkout built, and see that it is what the perimeter serves; mend it where it is not."""
     from torchrelay.delivery.converge import converge
+    from torchrelay.delivery.request import tell_of_others
     from torchrelay.legs.deploy import request
 
     here = site()
     record = read_json(ArchiveRecord, results(name) / "archive.json", f"make deploy-dev COMPONENT={name}")
     with leg("converge", "dev"):
         request(here, name, record.version, "dev")
-        outcome = converge(here, "dev", why="make deploy-dev")
+        outcome = converge(here, "dev", why="make deploy-dev", component=name)
+        tell_of_others(outcome)
         if error := outcome.refusal(name):
             raise error
         for changed in outcome.changed:

@@ -44,7 +44,12 @@ def promote(component: str | None, version: str | None, perimeter: str, timeout:
 
 @click.command()
 @_component
-@click.option("--to", "version", help="Version that served here before; default: the last one before what serves now.")
+@click.option(
+    "--to",
+    "version",
+    help="Version that served here before; default: the last one before what serves now or, while another one rolls "
+    "out, what serves now.",
+)
 @_perimeter
 @_wait
 def rollback(component: str | None, version: str | None, perimeter: str, timeout: float) -> None:
@@ -55,7 +60,8 @@ def rollback(component: str | None, version: str | None, perimeter: str, timeout
     name = component or settings().component
     here = site()
     _insist_on_an_orchestrator(here, perimeter)
-    target = _rollback_target(store(perimeter).state(name), perimeter, version)
+    state = store(perimeter).state(name)
+    target = _rollback_target(state, perimeter, version, underway=_underway(here, perimeter, state))
     with leg("rollback", f"{name} in {perimeter} → version {target}"):
         wanted = _candidate(here, name, target)
         began = time.time()
@@ -106,9 +112,24 @@ def _insist_it_is_news(perimeter: str, wanted: "ModelVersion") -> None:
         )
 
 
-def _rollback_target(state: "State", perimeter: str, version: str | None) -> str:
-    """The version to go back to, from what this perimeter remembers to have served."""
+def _underway(here: Site, perimeter: str, state: "State") -> bool:
+    """Whether another version than the one in service is asked for, or on its way."""
+    from torchrelay.tracking import Tracking
+
+    if state.live is None:
+        return False
+    asked = Tracking(here.tracking.url).aliases(state.component).get(here.perimeters[perimeter].alias)
+    return state.rollout is not None or asked not in (None, state.live.version)
+
+
+def _rollback_target(state: "State", perimeter: str, version: str | None, *, underway: bool) -> str:
+    """The version to go back to, from what this perimeter remembers to have served.
+
+    While a roll-out is under way that is the version in service: the roll-out ends, and no caller notices.
+    """
     served = [one.wanted.version for one in state.served]
+    if state.live and underway:
+        served.append(state.live.version)
     if not served:
         raise RefusedError(
             f"nothing served {state.component} in {perimeter} before what serves now",

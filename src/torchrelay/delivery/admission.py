@@ -23,6 +23,12 @@ from torchrelay.tracking import ModelVersion
 _READ = (TAG_VERDICT, TAG_REASONS, TAG_DIGEST, TAG_PROOF, TAG_ARCHIVE_URL, TAG_ENVIRONMENT, TAG_SERVING)
 
 
+class _Asked(Serving):
+    """How a version asks to be served."""
+
+    keep_inputs: bool = False
+
+
 class Gatekeeper(Protocol):
     """Who decides for a perimeter."""
 
@@ -69,6 +75,10 @@ def refusal(version: ModelVersion) -> str | None:
         return "it has no signed archive"
     if tags.get(TAG_PROOF) != digest:
         return "its archive was not proven against its golden outputs"
+    try:
+        wanted_version(version)
+    except (LookupError, ValueError) as error:
+        return f"its tags are not what the pipeline writes: {error!r:.300}"
     return None
 
 
@@ -97,19 +107,19 @@ def decision(version: ModelVersion, policy: str, reason: str | None, wanted: Wan
 
 
 def wanted_version(version: ModelVersion, url: str | None = None) -> WantedVersion:
-    """All that a node must know to serve a version, as the registry has it; `url` is where its archive lies."""
+    """All that a node must know to serve a version, as the registry has it; `url` is where its archive lies.
+
+    KeyError or ValueError where the tags are not the pipeline's: anybody who can write to the registry can set them.
+    """
     tags = version.tags
-    asked = json.loads(tags[TAG_SERVING])
-    keep_inputs = bool(asked.pop("keep_inputs", False))
-    serving = Serving.model_validate(asked)
+    asked = _Asked.model_validate_json(tags[TAG_SERVING])
     return WantedVersion(
         component=version.name,
         version=version.version,
         digest=tags[TAG_DIGEST],
         environment=tags[TAG_ENVIRONMENT],
         url=url or tags[TAG_ARCHIVE_URL],
-        keep_inputs=keep_inputs,
-        **serving.model_dump(),
+        **asked.model_dump(),
     )
 
 

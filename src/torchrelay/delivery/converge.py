@@ -39,7 +39,7 @@ from torchrelay.delivery.sight import Sight, known, of_wanted, serves, text
 from torchrelay.delivery.store import Admission, Rollout, State, Store, store, with_served
 from torchrelay.delivery.telling import Teller, entry, outbox
 from torchrelay.errors import BusyError, RefusedError, ServingError, TorchrelayError, TrackingError, UntrustedError
-from torchrelay.handover import Desired, NodeReport, RoutedVersion
+from torchrelay.handover import Desired, NodeReport, RoutedVersion, WantedVersion
 from torchrelay.lineage import TAG_DIGEST
 from torchrelay.tracking import ModelVersion, Tracking
 
@@ -69,13 +69,27 @@ class Evidence(Protocol):
 
 @dataclass
 class Outcome:
-    """What one run of converge found and did."""
+    """What one run of converge found and did; `blamed` are the errors that are of one component alone."""
 
     rests: dict[str, Rest] = field(default_factory=dict)
     refused: dict[str, Admission] = field(default_factory=dict)
     reports: list[NodeReport] = field(default_factory=list)
     changed: list[str] = field(default_factory=list)
-    errors: list[TorchrelayError] = field(default_factory=list)
+    general: list[TorchrelayError] = field(default_factory=list)
+    blamed: dict[str, list[TorchrelayError]] = field(default_factory=dict)
+
+    @property
+    def errors(self) -> list[TorchrelayError]:
+        """All of them."""
+        return [*self.general, *(error for errors in self.blamed.values() for error in errors)]
+
+    def errors_of(self, component: str | None) -> list[TorchrelayError]:
+        """Those that concern this component, and everything; by default all."""
+        return self.errors if component is None else [*self.general, *self.blamed.get(component, ())]
+
+    def blame(self, component: str, error: TorchrelayError) -> None:
+        """Note what went wrong with this component."""
+        self.blamed.setdefault(component, []).append(error)
 
     @property
     def soon(self) -> bool:
@@ -92,12 +106,13 @@ class Outcome:
         return serves(perimeter, {report.node: report for report in self.reports}, component, version)
 
 
-def converge(site: Site, name: str, why: str) -> Outcome:
+def converge(site: Site, name: str, why: str, component: str | None = None) -> Outcome:
     """Bring perimeter `name` to what the registry asks for, and return once it is there.
 
     A refused request leaves what is live in service and is written to the ledger once. Raises the first error that
-    kept a node from what it should hold; everything else was done all the same. A perimeter that an orchestrator
-    converges is that one's alone: RefusedError.
+    kept a node from what it should hold; everything else was done all the same. With `component`, errors of other
+    components are in the outcome, and raised by whoever asks for those. A perimeter that an orchestrator converges is
+    that one's alone: RefusedError.
     """
     if site.perimeters[name].orchestrator:
         raise RefusedError(
@@ -109,11 +124,11 @@ def converge(site: Site, name: str, why: str) -> Outcome:
     with memory.lease(_PATIENCE_S) as token:
         converger = Converger(site, name, memory, token, why=why)
         outcome = converger.tick()
-        while outcome.soon and not outcome.errors:
+        while outcome.soon and not outcome.errors_of(component):
             time.sleep(_POLL_S)
             outcome = converger.tick()
-    if outcome.errors:
-        raise outcome.errors[0]
+    if errors := outcome.errors_of(component):
+        raise errors[0]
     return outcome
 
 
@@ -160,7 +175,7 @@ class Converger:
         for component in sorted({*self.memory.states(), *(registry or {})}):
             self.outcome.rests[component] = self._closed(component, registry)
         self.outcome.reports = list(self._look().values())
-        self.outcome.errors += self.sight.away.values()
+        self.outcome.general += self.sight.away.values()
         self.outcome.changed = sorted(self._changed)
         return self.outcome
 
@@ -171,13 +186,20 @@ class Converger:
         except BusyError:  # somebody else has the lease
             raise
         except TorchrelayError as error:
-            self.outcome.errors.append(error)
-            rest = Rest(soon=False, why=error.found)
-            self._note_trouble(component, f"{error.found}; {error.next_command}")
+            rest = self._in_trouble(component, error)
+        except Exception as error:  # whatever one component's record holds, the others' roll-outs go on
+            log.exception("%s could not be looked at", component)
+            what = f"{component} could not be looked at: {error!r:.300}"
+            rest = self._in_trouble(component, ServingError(what, "a state to go on from", "make doctor"))
         else:
             if rest != _LOOKING:  # which may end as it did before
                 self._note_trouble(component, "")
         return rest
+
+    def _in_trouble(self, component: str, error: TorchrelayError) -> Rest:
+        self.outcome.blame(component, error)
+        self._note_trouble(component, f"{error.found}; {error.next_command}")
+        return Rest(soon=False, why=error.found)
 
     def _note_trouble(self, component: str, text: str) -> None:
         """What a person who waits for the next step should know."""
@@ -195,6 +217,7 @@ class Converger:
                 reports = self._look()
             requested = (registry or {}).get(component)
             state = self._judged(component, requested, known_registry=registry is not None)
+            state = self._resettled(state, requested, reports)
             step = next_step(self._view(state, registry is not None, requested, reports))
             if isinstance(step, Rest):
                 if registry is not None:
@@ -237,6 +260,30 @@ class Converger:
             self.outcome.refused[component] = refused
         if known_registry and state.refused != refused:
             state = self._save(state.model_copy(update={"refused": refused}))
+        return state
+
+    def _resettled(self, state: State, requested: ModelVersion | None, reports: Mapping[str, NodeReport]) -> State:
+        """The state with what is live served by the settings that the registry has now, which need no other version.
+
+        Only where a node routes to its own engines: `apply` then starts a new one beside the old and swaps, losing no
+        request. Production's settings are those of the promotion, which its gate has looked at.
+        """
+        live, name = state.live, self.perimeter.gateway_node
+        if self.perimeter.progressive or [node.name for node in self.sight.holders] != [name] or state.rollout:
+            return state
+        if requested is None or live is None or _release(requested) != of_wanted(live):
+            return state
+        found = self.gatekeeper.decide(requested, live)
+        if found is None or found.wanted is None:
+            return state
+        new = found.wanted
+        if new != live:
+            state = self._save(_with_settings(state, new))
+            self._changed.add(state.component)
+        told = reports[name].told if name in reports else None
+        if told and any(of_wanted(one) == of_wanted(new) and one != new for one in told.components):
+            self._apply(name)
+            self._seen = None
         return state
 
     def _verdict(self, state: State, requested: ModelVersion | None) -> Admission | None:
@@ -302,7 +349,7 @@ class Converger:
     def _admit(self, state: State, requested: ModelVersion | None) -> bool:
         found = self.gatekeeper.decide(requested, state.live) if requested else None
         if found:
-            self.memory.decide(found)
+            self.memory.decide(found, self.token)
         return found is not None
 
     def _begin(self, state: State, requested: ModelVersion | None) -> None:
@@ -389,8 +436,8 @@ class Converger:
             return None
         if error and not report.faults:  # the gateway's own
             raise error
-        if error:
-            self.outcome.errors.append(error)
+        for fault in report.faults if error else ():
+            self.outcome.blame(fault.component, ServingError(fault.found, fault.expected, fault.next_command))
         return report
 
     def _advance(self, state: State, stage: int) -> None:
@@ -405,7 +452,7 @@ class Converger:
         rollout = state.rollout
         if rollout is None:
             return
-        self.memory.decide(_refused(rollout, reason))
+        self.memory.decide(_refused(rollout, reason), self.token)
         served = tuple(one for one in state.served if of_wanted(one.wanted) != of_wanted(rollout.wanted))
         self._tell_end(state, rollout, "refusal", reason)
         self._save(state.model_copy(update={"rollout": None, "served": served}))
@@ -483,6 +530,17 @@ def _copies(state: State) -> int:
 
 def _release(version: ModelVersion) -> Release:
     return Release(version.version, version.tags.get(TAG_DIGEST, ""))
+
+
+def _with_settings(state: State, new: WantedVersion) -> State:
+    """The state with `new` wherever its release was meant with other settings."""
+
+    def settled(wanted: WantedVersion) -> WantedVersion:
+        return new if of_wanted(wanted) == of_wanted(new) else wanted
+
+    hold = {name: tuple(map(settled, held)) for name, held in state.hold.items()}
+    routes = tuple(one.model_copy(update={"version": settled(one.version)}) for one in state.routes)
+    return state.model_copy(update={"live": new, "hold": hold, "routes": routes})
 
 
 def _readmitted(component: str, release: Release) -> Admission:

@@ -5,6 +5,7 @@ worst disagreements, which are for people, and answers that still wait for their
 """
 
 import json
+import logging
 import math
 import time
 from collections import deque
@@ -17,7 +18,7 @@ from torchrelay.delivery import reach
 from torchrelay.delivery.canary import Block, Judgement, judge, replay
 from torchrelay.delivery.replaying import TOLERANCE, replay_on
 from torchrelay.delivery.store import Rollout, State
-from torchrelay.errors import TorchrelayError
+from torchrelay.errors import TorchrelayError, UntrustedError
 from torchrelay.gate import RolloutSummary, rollout_report
 from torchrelay.handover import RouteShare
 from torchrelay.serving.calls import Counted
@@ -25,6 +26,7 @@ from torchrelay.serving.gateway_stats import BackendCounts, Key, Reading
 from torchrelay.serving.predictions import Comparison, Prediction
 
 Figure = TypeVar("Figure")
+log = logging.getLogger(__name__)
 
 
 class Overdue:
@@ -130,7 +132,10 @@ class CanaryEvidence:
         )
 
     def _compared(self, state: State, rollout: Rollout, perimeter: Perimeter) -> tuple[int, int, dict[str, Any]]:
-        """How many more pairs of answers were compared, how many differed, and how far each node's log was read."""
+        """How many more pairs of answers were compared, how many differed, and how far each node's log was read.
+
+        A node out of reach is read from where it was left once it is back; the others' answers are judged meanwhile.
+        """
         component, live = state.component, state.live.version if state.live else ""
         key = (component, rollout.wanted.version, rollout.began)
         if key not in self._comparisons:
@@ -142,7 +147,14 @@ class CanaryEvidence:
         lines: list[Prediction] = []
         for node in (one for one in perimeter.nodes if one.holds):
             told = rollout.marks.get("tails", {}).get(node.name)
-            found = reach.calls(node).tail(component, told, rollout.since)
+            try:
+                found = reach.calls(node).tail(component, told, rollout.since)
+            except UntrustedError:
+                raise
+            except TorchrelayError as error:
+                log.warning("the prediction log of %s was not read: %s", node.name, error.found)
+                tails[node.name] = told
+                continue
             lines += found.predictions
             tails[node.name] = found.state
         comparison.add(sorted(lines, key=lambda one: one.time))

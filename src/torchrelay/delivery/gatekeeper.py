@@ -10,7 +10,10 @@ import logging
 import os
 import shutil
 import sys
+import tempfile
 import threading
+from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +24,7 @@ from torchrelay.config import component as component_settings
 from torchrelay.delivery.admission import Gatekeeper, decision, refusal, tags_hash, wanted_version
 from torchrelay.delivery.replaying import TOLERANCE, answered, logged_requests, patience
 from torchrelay.delivery.store import Admission
-from torchrelay.errors import ArchiveError, ConfigError, DataError, TorchrelayError
+from torchrelay.errors import ArchiveError, BrokenOffError, ConfigError, DataError, ServingError, TorchrelayError
 from torchrelay.handover import Environment, Evaluation, Manifest, WantedVersion
 from torchrelay.lineage import TAG_COMMIT, TAG_DIGEST, TAG_ENVIRONMENT
 from torchrelay.serving.predictions import Request, difference
@@ -32,6 +35,8 @@ _EXAMINE_S, _PROOF_S = 60.0, 120.0
 # Judging keeps a core busy for seconds, beside what serves. Not lower: on a machine without a moment to spare it would
 # never end.
 _NICENESS = 5
+# A candidate whose run is ended from outside so often, as by the kernel for its memory, is refused for that.
+_TRIES = 3
 _FILES = ("model.mar", "manifest.json", "model.sig")
 
 log = logging.getLogger(__name__)
@@ -46,6 +51,7 @@ class Strict:
         self.perimeter: Perimeter = site.perimeters[name]
         self.tracking = Tracking(site.tracking.url)
         self.folder = settings().state / "perimeters" / name / "admission"
+        self._broken_off: Counter[tuple[str, str, str]] = Counter()
 
     def policy(self, version: ModelVersion) -> str:
         """The component's policy in this checkout, and what the pipeline wrote on the version."""
@@ -61,14 +67,21 @@ class Strict:
         """Admit or refuse. TorchrelayError while it cannot be decided: the registry away, an environment not built."""
         policy = self.policy(version)
         log.info("looking at %s version %s", version.name, version.version)
-        reason = refusal(version) or self._unknown(version)
+        reason = self._unknown(version) or refusal(version)
         if reason:
             return decision(version, policy, reason, None)
         try:
             folder = self._verified(version)
         except ArchiveError as error:
             return decision(version, policy, f"its archive does not come in: {error.found}", None)
-        return self._judge(version, live, folder, policy)
+        try:
+            return self._judge(version, live, folder, policy)
+        except BrokenOffError as error:
+            key = (version.name, version.version, version.tags[TAG_DIGEST])
+            self._broken_off[key] += 1
+            if self._broken_off[key] < _TRIES:
+                raise
+            return decision(version, policy, f"{error.found}, {_TRIES} times", None)
 
     def _unknown(self, version: ModelVersion) -> str | None:
         known = component_names()
@@ -79,11 +92,22 @@ class Strict:
         key = self.perimeter.admits
         if key is None:
             raise ConfigError(f"perimeter {self.name} lets no key in", "control_perimeters.….admits", "make up")
-        folder = self.folder / version.tags[TAG_DIGEST]
-        shutil.rmtree(folder, ignore_errors=True)
-        archive.fetch(wanted_version(version).url, folder)
-        manifest = archive.verify(folder, key, version.tags[TAG_DIGEST])
-        _insist_it_is(manifest, version)
+        wanted = wanted_version(version)
+
+        def check(folder: Path) -> None:
+            _insist_it_is(archive.verify(folder, key, wanted.digest), version)
+
+        return self._let_in(wanted, check)
+
+    def _let_in(self, wanted: WantedVersion, check: Callable[[Path], object]) -> Path:
+        """The folder of an archive that passes the check; one that does not never takes the place of another."""
+        folder = self.folder / wanted.digest
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".incoming.", dir=self.folder) as aside:
+            archive.fetch(wanted.url, Path(aside) / "archive")
+            check(Path(aside) / "archive")
+            shutil.rmtree(folder, ignore_errors=True)
+            (Path(aside) / "archive").rename(folder)
         return folder
 
     def _judge(self, version: ModelVersion, live: WantedVersion | None, folder: Path, policy: str) -> Admission:
@@ -117,7 +141,7 @@ class Strict:
         tried = self._examined(mar, python, tests, policy, requests) or self._piecemeal(
             mar, python, tests, policy, requests
         )
-        theirs = self._live_evaluation(live, tests, policy) if live else None
+        theirs = self._live_evaluation(live, tests, policy) if live and _asks_for_live(policy) else None
         return gate.Evidence(
             candidate=tried.evaluation,
             live=theirs,
@@ -148,6 +172,8 @@ class Strict:
                 patience_s=patience(policy),
                 timeout_s=_EXAMINE_S,
             )
+        except BrokenOffError:
+            raise
         except ArchiveError as error:
             log.info("one after the other: %s", error.found)
             return None
@@ -159,11 +185,15 @@ class Strict:
         error, difference, answers = "", None, None
         try:
             difference = archive.prove(mar, python, timeout_s=_PROOF_S).largest_difference
+        except BrokenOffError:
+            raise
         except ArchiveError as failure:
             error = failure.found
         evaluation = self._evaluated(mar, python, tests, policy)
         try:
             answers = archive.replay(mar, python, _given(requests), patience(policy))
+        except BrokenOffError:
+            raise
         except ArchiveError as failure:
             log.warning("the replay failed: %s", failure.found)
         return _Tried(difference, error, evaluation, answers)
@@ -175,6 +205,8 @@ class Strict:
             return read_json(Evaluation, kept, f"rm {kept}")
         try:
             found = archive.evaluate(mar, python, tests, policy.task)
+        except BrokenOffError:
+            raise
         except ArchiveError as error:
             log.warning("the evaluation failed: %s", error.found)
             return Evaluation(test_set=hashlib.sha256(tests.read_bytes()).hexdigest(), scores=[])
@@ -189,10 +221,22 @@ class Strict:
         write_file(self._evaluation_file(mar, tests), found.model_dump_json().encode())
 
     def _live_evaluation(self, live: WantedVersion, tests: Path, policy: Component) -> Evaluation:
+        """Of what production signed itself, and nothing else: it is run here. No candidate is blamed where it ends."""
+        trust = archive.ensure_key(settings().keys / self.name).public
+
+        def check(folder: Path) -> None:
+            archive.verify(folder, trust, live.digest)
+
         folder = self.folder / live.digest
-        if not folder.is_dir():
-            archive.fetch(live.url, folder)
-        return self._evaluated(folder / "model.mar", _python(live.environment, live.component), tests, policy)
+        try:
+            check(folder)
+        except ArchiveError:  # not here, or signed anew since
+            self._let_in(live, check)
+        try:
+            return self._evaluated(folder / "model.mar", _python(live.environment, live.component), tests, policy)
+        except BrokenOffError as error:
+            what = f"live version {live.version} could not be evaluated: {error.found}"
+            raise ServingError(what, "its scores, to compare with", "make doctor") from error
 
     def _signature(self, name: str, version: str) -> dict[str, object] | None:
         """MLflow's signature of a version; None where it has none or is gone."""
@@ -236,7 +280,8 @@ class Aside:
     def __init__(self, keeper: Gatekeeper) -> None:
         self.keeper = keeper
         self._pool = ThreadPoolExecutor(2, "gatekeeper", initializer=_yield)
-        self._looking: dict[tuple[str, str, str], Future[Admission | None]] = {}
+        # By the version in service as well: a comparison with another one says nothing.
+        self._looking: dict[tuple[str, str, str, str], Future[Admission | None]] = {}
 
     def policy(self, version: ModelVersion) -> str:
         """As the gatekeeper says."""
@@ -248,7 +293,7 @@ class Aside:
 
     def decide(self, version: ModelVersion, live: WantedVersion | None) -> Admission | None:
         """The decision, or None while it is being made; raises what kept the gatekeeper from one."""
-        key = (version.name, version.version, self.policy(version))
+        key = (version.name, version.version, self.policy(version), live.digest if live else "")
         looking = self._looking.get(key)
         if looking is None:
             self._looking[key] = self._pool.submit(self.keeper.decide, version, live)
@@ -266,6 +311,10 @@ class _Tried(NamedTuple):
     proof_error: str
     evaluation: Evaluation
     answers: list[Json] | None
+
+
+def _asks_for_live(policy: Component) -> bool:
+    return policy.metric.allowed_regression is not None or policy.metric.allowed_slice_regression is not None
 
 
 def _given(requests: list[Request]) -> list[Json]:

@@ -14,15 +14,17 @@ from types import FrameType
 
 from torchrelay.config import Perimeter, Site, settings
 from torchrelay.delivery.admission import Gatekeeper
-from torchrelay.delivery.converge import Converger, Evidence
+from torchrelay.delivery.converge import Converger, Evidence, Outcome
 from torchrelay.delivery.store import State, Store, store
 from torchrelay.errors import TorchrelayError
 from torchrelay.tracking import Tracking
 from torchrelay.webhooks import Keeper, webhook_place
 
 # Each look costs processor time, which what serves beside it has to do without. Callers that get a candidate's answers
-# are worth more of it while nothing is known of them: a stage's first looks come sooner.
-_SOON_S, _SOONEST_S = 1.0, 0.3
+# are worth more of it while nothing is known of them: a stage's first looks come sooner. Each look is remembered for as
+# long as the stage lasts, and judged anew with the next one, so in long stages they come more rarely.
+_SOON_S, _SOONEST_S, _RARELY_S = 1.0, 0.3, 30.0
+_LOOKS = 600
 _SAY_AGAIN_S = 300.0
 _LEASE_PATIENCE_S = 5.0
 _WATCH_S = 1.0
@@ -100,36 +102,43 @@ class Orchestrator:
     def _look(self, why: str) -> float:
         """One look with all that follows from it; the seconds until the next one."""
         try:
-            with self.memory.lease(_LEASE_PATIENCE_S) as token:
-                while not self._ended.is_set():
-                    settings.cache_clear()  # the policy may have changed since
-                    converger = Converger(
-                        self.site,
-                        self.name,
-                        self.memory,
-                        token,
-                        why=f"@{self.perimeter.alias} ({why})",
-                        gatekeeper=self.gatekeeper,
-                        evidence=self.evidence,
-                    )
-                    outcome = converger.tick()
-                    for error in outcome.errors:
-                        log.warning("%s", _line(error))
-                    if not outcome.soon:
-                        return min(5.0, self.perimeter.poll_s) if outcome.errors else float(self.perimeter.poll_s)
-                    self._woken.wait(min(map(pause, self.memory.states().values()), default=_SOON_S))
-                    self._woken.clear()
+            while not self._ended.is_set():
+                outcome = self._tick(why)
+                for error in outcome.errors:
+                    log.warning("%s", _line(error))
+                if not outcome.soon:
+                    return min(5.0, self.perimeter.poll_s) if outcome.errors else float(self.perimeter.poll_s)
+                busy = (self.memory.state(name) for name, rest in outcome.rests.items() if rest.soon)
+                self._woken.wait(min(map(pause, busy), default=_SOON_S))
+                self._woken.clear()
         except TorchrelayError as error:
             log.warning("%s", _line(error))
         return min(5.0, self.perimeter.poll_s)
 
+    def _tick(self, why: str) -> Outcome:
+        """All that can be done now. Between two looks somebody else may have the lease: to rotate keys, or for gc."""
+        settings.cache_clear()  # the policy may have changed since
+        with self.memory.lease(_LEASE_PATIENCE_S) as token:
+            converger = Converger(
+                self.site,
+                self.name,
+                self.memory,
+                token,
+                why=f"@{self.perimeter.alias} ({why})",
+                gatekeeper=self.gatekeeper,
+                evidence=self.evidence,
+            )
+            return converger.tick()
+
 
 def pause(state: State) -> float:
-    """Seconds until the next look at a roll-out: half as long as callers have been getting the candidate's answers."""
+    """Seconds until the next look at a roll-out: by how long its stage has lasted, and who gets its answers."""
     rollout = state.rollout
-    if rollout is None or not 0 <= rollout.stage < len(rollout.weights) or not rollout.weights[rollout.stage]:
+    if rollout is None or not 0 <= rollout.stage < len(rollout.weights):
         return _SOON_S
-    return min(_SOON_S, max(_SOONEST_S, (time.time() - rollout.since) / 2))
+    lasted = time.time() - rollout.since
+    first = _SOONEST_S if rollout.weights[rollout.stage] else _SOON_S
+    return min(_RARELY_S, max(first, min(_SOON_S, lasted / 2), lasted / _LOOKS))
 
 
 def _line(error: TorchrelayError) -> str:

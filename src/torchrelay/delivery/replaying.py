@@ -8,7 +8,7 @@ from typing import Any
 
 from torchrelay.config import Component, Json, Node, Perimeter
 from torchrelay.delivery import reach
-from torchrelay.errors import TorchrelayError
+from torchrelay.errors import TorchrelayError, UntrustedError
 from torchrelay.handover import HeldVersion, WantedVersion
 from torchrelay.serving.predictions import Difference, Disagreement, Prediction, Request, difference
 
@@ -69,7 +69,14 @@ def patience(policy: Component) -> float:
 
 def logged_requests(perimeter: Perimeter, component: str, limit: int) -> list[Request]:
     """The newest distinct logged requests over all nodes that were answered and can be sent again, newest first."""
-    requests = [one for node in perimeter.nodes if node.holds for one in reach.calls(node).requests(component, limit)]
+    requests: list[Request] = []
+    for node in (one for one in perimeter.nodes if one.holds):
+        try:
+            requests += reach.calls(node).requests(component, limit)
+        except UntrustedError:
+            raise
+        except TorchrelayError as error:  # what the other nodes logged is as good
+            log.warning("the prediction log of %s was not read: %s", node.name, error.found)
     return sorted(requests, key=lambda one: -one.logged.time)[:limit]
 
 

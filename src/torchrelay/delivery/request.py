@@ -10,10 +10,10 @@ from collections.abc import Callable
 from torchrelay.config import Perimeter, Site, settings
 from torchrelay.console import paint, say
 from torchrelay.delivery.admission import Gatekeeper, Trusting, refusal, refusal_error
-from torchrelay.delivery.converge import converge, record_refusal
+from torchrelay.delivery.converge import Outcome, converge, record_refusal
 from torchrelay.delivery.sight import serves
 from torchrelay.delivery.store import Admission, State, store
-from torchrelay.errors import RefusedError, ServingError
+from torchrelay.errors import RefusedError, ServingError, TrackingError
 from torchrelay.lineage import TAG_DIGEST
 from torchrelay.tracking import ModelVersion, Tracking
 
@@ -68,9 +68,9 @@ def insist_it_may_go(here: Site, perimeter: str, wanted: ModelVersion) -> None:
 
     Raises RefusedError, which is in the ledger then.
     """
-    reason = refusal(wanted)
-    if reason is None and not _served(store(perimeter).state(wanted.name), wanted):
-        reason = _refused_before(here, perimeter, wanted)
+    if _served(store(perimeter).state(wanted.name), wanted):
+        return  # whatever its tags say by now
+    reason = refusal(wanted) or _refused_before(here, perimeter, wanted)
     if reason:
         record_refusal(here, perimeter, wanted, reason)
         raise refusal_error(wanted.name, wanted.version, reason)
@@ -83,8 +83,12 @@ def _served(state: State, wanted: ModelVersion) -> bool:
 
 
 def _refused_before(here: Site, perimeter: str, wanted: ModelVersion) -> str | None:
+    """Why an orchestrator's perimeter turned it down. Elsewhere whoever asks is there to ask again, and may."""
     keeper = _gatekeeper(here, perimeter)
     version, digest = _release(wanted)
+    if here.perimeters[perimeter].orchestrator is None:
+        store(perimeter).forget_refusal(wanted.name, version, digest)
+        return None
     for policy in (keeper.policy(wanted), keeper.passing(wanted)):
         earlier = store(perimeter).admission(wanted.name, version, digest, policy)
         if earlier and not earlier.admitted:
@@ -105,7 +109,8 @@ def _release(wanted: ModelVersion) -> tuple[str, str]:
 
 
 def _converge(here: Site, perimeter: str, name: str, version: str | None, why: str) -> None:
-    outcome = converge(here, perimeter, why=why)
+    outcome = converge(here, perimeter, why=why, component=name)
+    tell_of_others(outcome)
     if error := outcome.refusal(name):
         raise error
     if not serves(here.perimeters[perimeter], {one.node: one for one in outcome.reports}, name, version):
@@ -114,6 +119,12 @@ def _converge(here: Site, perimeter: str, name: str, version: str | None, why: s
             "what the registry asks for, on every node and in good health",
             "make status",
         )
+
+
+def tell_of_others(outcome: Outcome) -> None:
+    """Name the components that are in trouble, beside the one that was asked for, which is not."""
+    for other, errors in outcome.blamed.items():
+        say(f"  {paint('beside this', 'yellow')}, {other} is in trouble: {errors[0].found}")
 
 
 def wake(place: Perimeter) -> None:
@@ -133,6 +144,7 @@ def follow(here: Site, perimeter: str, wanted: ModelVersion, timeout_s: float, s
     time to look again, has not taken it back.
     """
     shown, looked = Progress(), time.monotonic() + here.perimeters[perimeter].poll_s
+    asked = _Asked(here, perimeter, wanted)
 
     def there(state: State) -> bool:
         shown.show(state, wanted.version)
@@ -143,9 +155,38 @@ def follow(here: Site, perimeter: str, wanted: ModelVersion, timeout_s: float, s
         live = state.live
         if live and state.rollout is None and live.version == wanted.version:
             shown.passed(state.rested)
-        return bool(live and (live.version, live.digest) == _release(wanted) and state.rollout is None)
+        if live and (live.version, live.digest) == _release(wanted) and state.rollout is None:
+            return True
+        asked.insist()
+        return False
 
     _await(here, perimeter, timeout_s, there, wanted.name)
+
+
+class _Asked:
+    """Whether the alias still asks for the version, looked up now and then; who does not answer says nothing."""
+
+    def __init__(self, here: Site, perimeter: str, wanted: ModelVersion) -> None:
+        self._tracking = Tracking(here.tracking.url)
+        self._perimeter, self._alias, self._wanted = perimeter, here.perimeters[perimeter].alias, wanted
+        self._next = time.monotonic() + _SAY_EVERY_S
+
+    def insist(self) -> None:
+        """RefusedError once something else is asked for: this version does not come in any more."""
+        if time.monotonic() < self._next:
+            return
+        self._next = time.monotonic() + _SAY_EVERY_S
+        try:
+            now = self._tracking.aliases(self._wanted.name).get(self._alias)
+        except TrackingError:
+            return
+        if now != self._wanted.version:
+            raise RefusedError(
+                f"somebody asked {self._perimeter} for {f'version {now}' if now else 'nothing'} of {self._wanted.name} "
+                f"instead of version {self._wanted.version}",
+                f"@{self._alias} to stay on version {self._wanted.version} until it is live",
+                "make status, then make promote again",
+            )
 
 
 def _turned_down(perimeter: str, state: State, refused: Admission) -> RefusedError:

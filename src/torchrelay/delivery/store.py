@@ -132,12 +132,31 @@ class Store:
             ).fetchone()
         return Admission.model_validate_json(row[0]) if row else None
 
-    def decide(self, admission: Admission) -> None:
-        """Remember a decision; a later one on the same takes its place: a failed canary makes it a refusal."""
+    def decide(self, admission: Admission, token: int) -> None:
+        """Remember a decision; a later one on the same takes its place: a failed canary makes it a refusal.
+
+        BusyError if the lease is no longer that of `token`.
+        """
         key = (admission.component, admission.version, admission.digest, admission.policy)
         with self._connection() as connection:
-            connection.execute(
-                "INSERT OR REPLACE INTO admission VALUES (?, ?, ?, ?, ?)", (*key, admission.model_dump_json())
+            done = connection.execute(
+                "INSERT OR REPLACE INTO admission SELECT ?, ?, ?, ?, ? WHERE (SELECT token FROM lease) = ?",
+                (*key, admission.model_dump_json(), token),
+            )
+            if done.rowcount != 1:
+                raise _lost(self.path)
+
+    def forget_refusal(self, component: str, version: str, digest: str) -> None:
+        """Let somebody who asks for this archive again have another look at it: its refusals are forgotten."""
+        with self._connection() as connection:
+            found = connection.execute(
+                "SELECT policy, decision FROM admission WHERE (component, version, digest) = (?, ?, ?)",
+                (component, version, digest),
+            ).fetchall()
+            refused = [policy for policy, text in found if not Admission.model_validate_json(text).admitted]
+            connection.executemany(
+                "DELETE FROM admission WHERE (component, version, digest, policy) = (?, ?, ?, ?)",
+                [(component, version, digest, policy) for policy in refused],
             )
 
     @contextmanager

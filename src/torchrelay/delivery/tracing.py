@@ -5,7 +5,7 @@ from typing import Any
 
 from torchrelay.config import Site
 from torchrelay.delivery import reach
-from torchrelay.errors import DataError
+from torchrelay.errors import DataError, TorchrelayError
 from torchrelay.lineage import (
     TAG_COMMIT,
     TAG_DATA,
@@ -58,12 +58,19 @@ def trace(site: Site, request_id: str) -> dict[str, Any]:
 
 def _find(site: Site, request_id: str) -> tuple[str, str, str, Prediction]:
     """Perimeter, node, component and line of the newest answer to callers with this id."""
+    away = []
     for perimeter, place in site.perimeters.items():
         for node in (one for one in place.nodes if one.holds):
-            if found := reach.calls(node).find(request_id):
+            try:
+                found = reach.calls(node).find(request_id)
+            except TorchrelayError as error:
+                away.append(f"{node.name}: {error.found}")
+                continue
+            if found:
                 return perimeter, node.name, found.component, found.prediction
+    unread = f" that could be read ({'; '.join(away)})" if away else ""
     raise DataError(
-        f"no prediction log has a request {request_id!r}",
+        f"no prediction log{unread} has a request {request_id!r}",
         "the x-request-id of an answer that a model gave, and that has not been rotated away",
         "make history, or send the request again",
     )

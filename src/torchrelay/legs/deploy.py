@@ -4,7 +4,7 @@ from pathlib import Path
 
 from torchrelay.config import Site, site, write_json
 from torchrelay.delivery.converge import Outcome, converge
-from torchrelay.delivery.request import insist_it_may_go
+from torchrelay.delivery.request import insist_it_may_go, tell_of_others
 from torchrelay.errors import RefusedError, ServingError
 from torchrelay.handover import ArchiveRecord
 from torchrelay.tracking import Tracking
@@ -14,7 +14,8 @@ def deploy_model(name: str, record: ArchiveRecord, perimeter: str, output: Path)
     """Ask for `record` in `perimeter` and bring the perimeter there. A version that may not go moves no alias."""
     here = site()
     request(here, name, record.version, perimeter)
-    outcome = converge(here, perimeter, why=f"make deploy-{perimeter}")
+    outcome = converge(here, perimeter, why=f"make deploy-{perimeter}", component=name)
+    tell_of_others(outcome)
     if error := outcome.refusal(name):
         raise error
     if not outcome.serves(here.perimeters[perimeter], name, record.version):
