@@ -14,9 +14,10 @@ import pytest
 import tiny
 from torchrelay import archive, components, ledger, lineage
 from torchrelay.config import Component, Node, Perimeter, Settings, Site, TrackingServer, read_json, write_json
+from torchrelay.config import Rollout as RolloutPolicy
 from torchrelay.delivery import converge, reach, telling
 from torchrelay.delivery import store as memory
-from torchrelay.delivery.admission import refusal
+from torchrelay.delivery.admission import Trusting, refusal
 from torchrelay.errors import ArchiveError, RefusedError, ServingError, TorchrelayError
 from torchrelay.handover import (
     ArchiveRecord,
@@ -124,6 +125,7 @@ class Registry:
                 version=one.version.version,
                 digest=one.version.digest,
                 weight=one.weight,
+                mirror=one.mirror,
                 endpoints=(ENDPOINT,),
             )
             for one in self.desired.routes
@@ -168,8 +170,22 @@ ENDPOINT = Endpoint(host="127.0.0.1", port=1)
 PERIMETER = Perimeter(
     alias="dev", gateway="http://x", gateway_node="dev-1", nodes=(Node(name="dev-1", folder=Path("/nowhere")),)
 )
-SITE = Site(supervisor=Path("s"), tracking=TrackingServer(url="http://x"), perimeters={"dev": PERIMETER})
+PRODUCTION = PERIMETER.model_copy(
+    update={"alias": "production", "progressive": True, "keeps_last": True, "warm": 1, "orchestrator": "http://o"}
+)
+SITE = Site(
+    supervisor=Path("s"),
+    tracking=TrackingServer(url="http://x"),
+    perimeters={"dev": PERIMETER, "production": PRODUCTION},
+)
 GIT = lineage.GitState(commit="c", dirty=False, tree="t")
+DIGESTS = (lineage.TAG_DIGEST, lineage.TAG_PROOF)
+ADMISSIBLE = {
+    lineage.TAG_VERDICT: "pass",
+    lineage.TAG_ARCHIVE_URL: "http://x/a",
+    lineage.TAG_ENVIRONMENT: "py311-cpu-0",
+    lineage.TAG_SERVING: "{}",
+}
 DATA = DataVersion(component="tiny", hash="h")
 ENVIRONMENT = Environment(name=tiny.ENVIRONMENT, variant="cpu", python="python", lock_sha256="0")
 
@@ -390,6 +406,67 @@ def test_a_refused_run_moves_no_alias_whenever_it_is_killed(registry: Registry, 
         assert registry.aliases_set == {"dev": "1", "dev-live": "1"}
         assert registry.served == ["1"]
     assert {entry.kind for entry in registry.ledger.values()} == {"rollout", "refusal"}
+
+
+class Judge:
+    """Stands in for what is counted: every stage passes, but for the one that a version is to fail in."""
+
+    def __init__(self, fails: dict[str, int]) -> None:
+        self.fails = fails
+
+    def gather(self, state: memory.State, perimeter: Perimeter) -> memory.State:
+        rollout = state.rollout
+        assert rollout is not None
+        judgement = "breach" if self.fails.get(rollout.wanted.version) == rollout.stage else "pass"
+        judged = rollout.model_copy(update={"judgement": judgement, "note": f"stage {rollout.stage}: {judgement}"})
+        return state.model_copy(update={"rollout": judged})
+
+    def pages(self, state: memory.State, perimeter: str, reason: str, *, passed: bool) -> dict[str, str]:
+        return {}
+
+
+def orchestrate(judge_: Judge) -> None:
+    """One look after the other until there is nothing more to do: what production's orchestrator does."""
+    store = memory.store("production")
+    for _ in range(50):
+        with store.lease(1) as token:
+            outcome = converge.Converger(
+                SITE, "production", store, token, why="test", gatekeeper=Trusting(), evidence=judge_
+            ).tick()
+        assert outcome.errors == []
+        if not outcome.soon:
+            return
+    raise AssertionError("it does not come to rest")
+
+
+@pytest.mark.parametrize("fails_in", [None, 0, 2], ids=["passes", "shadow", "25 %"])
+def test_killed_at_any_step_of_a_roll_out_production_serves_one_version_and_says_so_once(
+    fails_in: int | None, registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(converge, "component_settings", lambda _: Component.model_construct(rollout=RolloutPolicy()))
+    live, told = "", []
+    for attempt in range(100):
+        made = registry.register_version("tiny", f"run{attempt}", "s", {})
+        digest = f"d{attempt}"
+        registry.set_version_tags("tiny", made.version, ADMISSIBLE | dict.fromkeys(DIGESTS, digest))
+        registry.aliases_set["production"] = made.version
+        judged = Judge({made.version: fails_in} if live and fails_in is not None else {})
+        registry.boundaries, registry.kill_at = 0, attempt or None
+        with suppress(Killed):
+            orchestrate(judged)
+        done, registry.kill_at = registry.boundaries < attempt, None
+        orchestrate(judged)
+        refused = live and fails_in is not None
+        told.append(("refusal" if refused else "rollout", made.version))
+        live = live if refused else made.version
+        assert {one.version.version: one.weight for one in registry.desired.routes} == {live: 100}
+        assert registry.aliases_set["production-live"] == live
+        assert [(entry.kind, entry.to_version) for entry in registry.ledger.values()] == told
+        state = memory.store("production").state("tiny")
+        assert (state.rollout, state.live and state.live.version) == (None, live)
+        if done:
+            break
+    assert attempt > 20, "the boundaries were not reached"
 
 
 def test_a_node_that_gives_no_report_is_not_taken_to_serve(registry: Registry, tmp_path: Path) -> None:

@@ -356,7 +356,7 @@ def _code_faults(mar: Path, version: ModelVersion) -> tuple[str, ...]:
 
 def _python(environment: str, name: str) -> str:
     file = components.environment_file(environment)
-    command = f".venv/bin/torchrelay build-environment --component {name} --log logs/build_environment.log"
+    command = f"make environment COMPONENT={name}"
     return read_json(Environment, file, command).python
 
 

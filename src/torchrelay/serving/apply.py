@@ -348,7 +348,7 @@ class _Apply:
 
     def _python(self, wanted: WantedVersion) -> str:
         file = self.node.environments / wanted.environment / "environment.json"
-        command = f".venv/bin/torchrelay build-environment --component {wanted.component}"
+        command = f"make environment COMPONENT={wanted.component}"
         return read_json(Environment, file, command).python
 
     def _free_ports(self) -> tuple[int, ...]:
