@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ Array = npt.NDArray[Any]
 CLASSES = 10
 SIDE = 28
 NAMED_BREACHES = 5
+NAMED_TWINS = 3
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 NEXT = "mend the source of the data, then: make deploy-dev COMPONENT=fashion_mnist"
@@ -345,9 +347,19 @@ def broken_records(facts: Any) -> list[str]:
     try:
         rules.validate(facts, lazy=True)
     except pa.errors.SchemaErrors as error:
-        cases = error.failure_cases
-        return [explain(facts, *case) for case in zip(cases["index"], cases["column"], cases["check"], strict=True)]
+        cases, alike = error.failure_cases, twins(facts)
+        found = zip(cases["index"], cases["column"], cases["check"], strict=True)
+        return [explain(facts, alike, *case) for case in found]
     return []
+
+
+def twins(facts: Any) -> dict[str, list[str]]:
+    """The records of every key that occurs more than once: looked up once, since each of thousands may be a breach."""
+    repeated = facts.index[facts["key"].duplicated(keep=False)]
+    found: dict[str, list[str]] = {}
+    for record, key in zip(repeated, facts["key"][repeated], strict=True):
+        found.setdefault(key, []).append(record)
+    return found
 
 
 EXPLAINED = {
@@ -358,13 +370,13 @@ EXPLAINED = {
 }
 
 
-def explain(facts: Any, record: str, column: str, check: str) -> str:
+def explain(facts: Any, alike: dict[str, list[str]], record: str, column: str, check: str) -> str:
     """One breach in words: the record, the column, what is there, the rule."""
     rule = next((text for name, text in EXPLAINED.items() if str(check).startswith(name)), str(check))
     value = facts.at[record, column]
     if column == "key":
-        twins = [other for other in facts.index[facts["key"] == value] if other != record]
-        return f"{record}, column image: the same pixels as {', '.join(twins[:3])} (rule {rule})"
+        others = islice((other for other in alike[value] if other != record), NAMED_TWINS)
+        return f"{record}, column image: the same pixels as {', '.join(others)} (rule {rule})"
     return f"{record}, column {column}: {value:g} (rule {rule})"
 
 
