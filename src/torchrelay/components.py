@@ -180,11 +180,7 @@ def environment_file(environment: str) -> Path:
 
 def environment(name: str) -> Environment:
     """The component's environment; a ConfigError where it was not built yet."""
-    return read_json(
-        Environment,
-        environment_file(environment_name(name)),
-        f".venv/bin/torchrelay build-environment --component {name}",
-    )
+    return read_json(Environment, environment_file(environment_name(name)), f"make environment COMPONENT={name}")
 
 
 def build_environment(name: str, log: Path) -> Environment:

@@ -1,10 +1,14 @@
-"""Which files of a component make a leg run again when they change."""
+"""Which files of a component make a leg run again when they change, and how its environment is come by."""
 
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from torchrelay import components
+from tests.conftest import ROOT
+from torchrelay import cli, components, config
+from torchrelay.errors import ConfigError
 
 FILES = {
     "MLproject": "",
@@ -26,7 +30,9 @@ FILES = {
     "reading/idx.py": "from . import bits\n",
     "reading/bits.py": "",
     "requirements.cpu.lock": "",
+    "requirements.cuda.lock": "",
     "requirements.in": "",
+    "requirements.torch": "",
     "rules.py": "import texts\nimport data\n",
     "search.py": "",
     "tests/test_data.py": "",
@@ -40,14 +46,20 @@ FILES = {
 
 
 @pytest.fixture
-def component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def component(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     (tmp_path / "Snakefile").touch()
+    (tmp_path / "config").mkdir()
+    (tmp_path / "config" / "defaults.yaml").write_text("state: state\nkeys: keys\nport_base: 19000\n")
     folder = tmp_path / "components" / "moons"
     for name, text in FILES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     monkeypatch.setenv("TORCHRELAY_ROOT", str(tmp_path))
-    return folder
+    for name in ("STATE", "CONFIG", "VARIANT"):
+        monkeypatch.delenv(f"TORCHRELAY_{name}", raising=False)
+    config.settings.cache_clear()
+    yield folder
+    config.settings.cache_clear()
 
 
 def test_training_depends_on_every_file_that_it_may_read(component: Path) -> None:
@@ -87,3 +99,15 @@ def test_the_data_depend_on_what_their_stages_import_and_on_files_beside_the_cod
 def test_a_stage_that_is_not_python_yet_is_for_the_stage_to_complain_of(component: Path) -> None:
     (component / "data.py").write_text("def main(:\n")
     assert component / "data.py" in components.data_sources("moons")
+
+
+def test_a_missing_environment_names_a_command_that_builds_it(component: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        components.environment("moons")
+    make, *words = caught.value.next_command.split()
+    done = subprocess.run([make, "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True)
+    called = done.stdout.replace("'", "").partition("torchrelay build-environment ")[2].split()
+    verb = cli.verbs.get_command(None, "build-environment")  # type: ignore[arg-type]
+    assert verb is not None
+    required = {option for parameter in verb.params if parameter.required for option in parameter.opts}
+    assert required | {"--component", "moons"} <= set(called)
