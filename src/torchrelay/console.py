@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from torchrelay.errors import TorchrelayError
 
-_ESCAPES = re.compile(r"\033\[\d+m")
+_ESCAPES = re.compile(r"\033\[[\d;]*m")
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
@@ -26,6 +26,11 @@ def paint(text: str, colour: str) -> str:
     if not coloured():
         return text
     return f"\033[{_COLOURS[colour]}m{text}\033[0m"
+
+
+def plain(text: str) -> str:
+    """`text` without colours, for files."""
+    return _ESCAPES.sub("", text)
 
 
 class _Log:
@@ -47,7 +52,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
     if _Log.path:
         with _Log.path.open("a", encoding="utf-8") as file:
-            file.write(f"{_ESCAPES.sub('', text)}\n")
+            file.write(f"{plain(text)}\n")
 
 
 def result(text: str) -> None:
@@ -126,7 +131,7 @@ def run_logged(
                 meanwhile()
                 _tell(child)
             for line in child.stdout or ():
-                file.write(line)
+                file.write(plain(line))
                 file.flush()
                 if show(line):
                     say(f"{indent}{line.rstrip()}")
