@@ -9,6 +9,7 @@ import pytest
 
 from torchrelay import config
 from torchrelay.cli import deploy
+from torchrelay.errors import BusyError
 
 LEG = """import sys
 from torchrelay.console import paint, show_error
@@ -58,3 +59,17 @@ def test_on_a_colour_terminal_a_failed_leg_speaks_for_itself(checkout: Path, mon
 
 def test_where_no_leg_failed_snakemakes_own_words_tell_why(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "MissingInputException" in "\n".join(_run(monkeypatch))
+
+
+def test_two_chains_of_a_checkout_exclude_each_other_whatever_their_state_folders(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deploy.time, "sleep", lambda _seconds: None)
+    with deploy._chain_lock():
+        for state in ("state", "another"):
+            monkeypatch.setenv("TORCHRELAY_STATE", str(checkout / state))
+            config.settings.cache_clear()
+            with pytest.raises(BusyError, match="another deploy-dev runs in this checkout"), deploy._chain_lock():
+                pass
+    with deploy._chain_lock():
+        assert not (checkout / "another").exists()
