@@ -12,6 +12,9 @@ from typing import ClassVar
 
 from torchrelay.errors import TorchrelayError
 
+# In the environment of every child, and so of its children: the state folder that it works with. `make down` ends by it
+# what outlived a kill of its parent.
+MARK = "TORCHRELAY_CHILD_OF"
 _ESCAPES = re.compile(r"\033\[[\d;]*m")
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -111,6 +114,8 @@ def run_logged(
     With `meanwhile`, the child is one that waits for a line on its standard input, which it gets once that is done.
     Returns its exit status. The child ends with us: it is killed if we are interrupted.
     """
+    from torchrelay.config import settings
+
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(map(str, command))}\n")
@@ -122,7 +127,7 @@ def run_logged(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=dict(environment) if environment is not None else None,
+            env={**(os.environ if environment is None else environment), MARK: str(settings().state)},
             cwd=folder,
             pass_fds=keep_open,
         )
