@@ -8,18 +8,21 @@ import ast
 import hashlib
 import io
 import json
+import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 from filelock import FileLock
 
 from torchrelay.config import component, read_json, root, settings, write_json
-from torchrelay.console import run_logged, say
+from torchrelay.console import pulse, run_logged, say
 from torchrelay.errors import ConfigError
 from torchrelay.handover import Environment
 
@@ -212,7 +215,8 @@ def _install(name: str, target: Path, log: Path) -> None:
         shutil.rmtree(target)
     say(f"  {lock.name} → {target.name} (a minute or two; details in {log})")
     installer = root() / "requirements" / "install"
-    _step([sys.executable, installer, "--venv", target, "--lock", lock], log)
+    with pulse(lambda: f"{lock.name}: {_written(target)}"):
+        _step([sys.executable, installer, "--venv", target, "--lock", lock], log)
     install_torch(target / "bin" / "python", torch, log)
 
 
@@ -233,14 +237,28 @@ def install_torch(python: Path, pinned: Path, log: Path) -> None:
         "--progress-bar",
         "off",
     ]
-    if variant() == "cuda" or platform.system() != "Linux":
-        _step([*pip, requirement], log)
-    elif run_logged([*pip, f"{requirement}+cpu"], log):
-        _step([*pip, f"{requirement}+cpu", "--index-url", f"{settings().torch_index}/cpu"], log)
+    target = python.parents[1]
+    # pip downloads into the temporary folder: there the size so far can be seen, and /tmp is often too small for CUDA.
+    with TemporaryDirectory(dir=target, prefix=".pip-") as scratch, pulse(lambda: f"{requirement}: {_written(target)}"):
+        environment = {**os.environ, "TMPDIR": scratch}
+        if variant() == "cuda" or platform.system() != "Linux":
+            _step([*pip, requirement], log, environment)
+        elif run_logged([*pip, f"{requirement}+cpu"], log, environment=environment):
+            _step([*pip, f"{requirement}+cpu", "--index-url", f"{settings().torch_index}/cpu"], log, environment)
 
 
-def _step(command: list[Any], log: Path) -> None:
-    if run_logged(command, log, show=_worth_showing, indent="  "):
+def _written(folder: Path) -> str:
+    """How much lies below the folder, which somebody is writing to."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                size += Path(place, name).lstat().st_size
+    return f"{size / 1e6:.0f} MB written"
+
+
+def _step(command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None) -> None:
+    if run_logged(command, log, show=_worth_showing, environment=environment, indent="  "):
         raise ConfigError(
             f"{' '.join(map(str, command[:4]))} … failed", "an installation without errors", f"read {log}, then rerun"
         )

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -15,6 +16,8 @@ from torchrelay.errors import TorchrelayError
 # In the environment of every child, and so of its children: the state folder that it works with. `make down` ends by it
 # what outlived a kill of its parent.
 MARK = "TORCHRELAY_CHILD_OF"
+
+_PULSE_S = 5.0
 _ESCAPES = re.compile(r"\033\[[\d;]*m")
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
@@ -92,6 +95,24 @@ def leg(name: str, subject: str = "") -> Iterator[None]:
     seconds = time.monotonic() - began
     _Legs.done.append((name, seconds))
     say(f"{paint('✓', 'green')} {name} {paint(f'{seconds:.1f} s', 'dim')}")
+
+
+@contextmanager
+def pulse(so_far: Callable[[], str]) -> Iterator[None]:
+    """For what is silent while it works: every few seconds, until the block ends, say how far it is."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(_PULSE_S):
+            say(f"  {so_far()}, {time.monotonic() - began:.0f} s")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
 
 
 def _nothing(_line: str) -> bool:

@@ -1,13 +1,14 @@
 """Which files of a component make a leg run again when they change, and how its environment is come by."""
 
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import ROOT
-from torchrelay import cli, components, config
+from torchrelay import cli, components, config, console
 from torchrelay.errors import ConfigError
 
 FILES = {
@@ -111,3 +112,27 @@ def test_a_missing_environment_names_a_command_that_builds_it(component: Path) -
     assert verb is not None
     required = {option for parameter in verb.params if parameter.required for option in parameter.opts}
     assert required | {"--component", "moons"} <= set(called)
+
+
+PIP = """#!/bin/sh
+head -c 3000000 /dev/zero > "$TMPDIR/torch.whl"
+sleep 0.5
+rm "$TMPDIR/torch.whl"
+"""
+
+
+def test_while_torch_installs_it_says_how_far_it_is(
+    component: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python, pip = tmp_path / "environment" / "bin" / "python", tmp_path / "pip"
+    python.parent.mkdir(parents=True)
+    pip.write_text(PIP)
+    pip.chmod(0o755)
+    (component / "requirements.torch").write_text("torch==2.0\n")
+    monkeypatch.setattr(sys, "executable", str(pip))
+    monkeypatch.setattr(console, "_PULSE_S", 0.1)
+    components.install_torch(python, component / "requirements.torch", tmp_path / "log")
+    said = capsys.readouterr().err.splitlines()
+    assert "  torch==2.0: 3 MB written, 0 s" in said
+    assert len(said) < 8
+    assert list(python.parents[1].iterdir()) == [python.parent]
