@@ -17,7 +17,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,9 @@ Array = npt.NDArray[Any]
 CLASSES = 10
 SIDE = 28
 NAMED_BREACHES = 5
+NAMED_TWINS = 3
+PULSE_S = 5
+APT_S = 300
 URL = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com"
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 NEXT = "mend the source of the data, then: make deploy-dev COMPONENT=fashion_mnist"
@@ -159,7 +165,7 @@ def from_url(output: Path) -> str:
 
 
 def download(url: str) -> bytes:
-    """The file's bytes; an unreachable host costs a few seconds, progress is a line per tenth."""
+    """The file's bytes; an unreachable host costs a few seconds, progress is a line per tenth or every few seconds."""
     import requests
 
     say(f"extract: {url}")
@@ -170,11 +176,14 @@ def download(url: str) -> bytes:
     with answer:
         answer.raise_for_status()
         total = int(answer.headers.get("Content-Length", 0))
-        content = bytearray()
+        content, said = bytearray(), time.monotonic()
         for chunk in answer.raw.stream(256 * 1024, decode_content=False):
             before, content = len(content), content + chunk
-            if total and len(content) * 10 // total > before * 10 // total:
-                say(f"extract: {url.rsplit('/', 1)[1]} {len(content) * 100 // total} % of {total / 1e6:.1f} MB")
+            tenth = total and len(content) * 10 // total > before * 10 // total
+            if tenth or time.monotonic() - said > PULSE_S:
+                said = time.monotonic()
+                share = f"{len(content) * 100 // total} % of {total / 1e6:.1f} MB" if total else f"{len(content)} bytes"
+                say(f"extract: {url.rsplit('/', 1)[1]} {share}")
     return bytes(content)
 
 
@@ -201,10 +210,36 @@ def apt_download(folder: Path, *options: str) -> str:
     """Run `apt-get download` of Debian's package in the folder; what it printed, OSError if it failed."""
     # apt's sandbox user could not write to a folder that is ours alone, and says so at length.
     command = ["apt-get", "-q", "-o", "APT::Sandbox::User=root", *options, "download", DEBIAN_PACKAGE]
-    told = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, check=False)
-    if told.returncode:
-        raise OSError(f"apt-get download: {told.stderr.strip() or told.stdout.strip()}")
-    return told.stdout
+    with subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as apt:
+        try:
+            out, error = await_download(apt, folder)
+        finally:
+            apt.kill()
+    if apt.returncode:
+        raise OSError(f"apt-get download: {error.strip() or out.strip()}")
+    return out
+
+
+def await_download(child: "subprocess.Popen[str]", folder: Path) -> tuple[str, str]:
+    """What the child printed on both its streams; meanwhile, every few seconds, how much it has put into the folder."""
+    began = time.monotonic()
+    while True:
+        try:
+            return child.communicate(timeout=PULSE_S)
+        except subprocess.TimeoutExpired as late:
+            waited = time.monotonic() - began
+            if waited > APT_S:
+                raise OSError(f"apt-get download is not done after {waited:.0f} s") from late
+            say(f"extract: apt-get download {size_of(folder) / 1e6:.1f} MB so far, {waited:.0f} s")
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of the files in a folder that somebody is writing to."""
+    size = 0
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):
+            size += path.stat().st_size if path.is_file() else 0
+    return size
 
 
 def apt_address(told: str) -> str:
@@ -345,9 +380,19 @@ def broken_records(facts: Any) -> list[str]:
     try:
         rules.validate(facts, lazy=True)
     except pa.errors.SchemaErrors as error:
-        cases = error.failure_cases
-        return [explain(facts, *case) for case in zip(cases["index"], cases["column"], cases["check"], strict=True)]
+        cases, alike = error.failure_cases, twins(facts)
+        found = zip(cases["index"], cases["column"], cases["check"], strict=True)
+        return [explain(facts, alike, *case) for case in found]
     return []
+
+
+def twins(facts: Any) -> dict[str, list[str]]:
+    """The records of every key that occurs more than once: looked up once, since each of thousands may be a breach."""
+    repeated = facts.index[facts["key"].duplicated(keep=False)]
+    found: dict[str, list[str]] = {}
+    for record, key in zip(repeated, facts["key"][repeated], strict=True):
+        found.setdefault(key, []).append(record)
+    return found
 
 
 EXPLAINED = {
@@ -358,13 +403,13 @@ EXPLAINED = {
 }
 
 
-def explain(facts: Any, record: str, column: str, check: str) -> str:
+def explain(facts: Any, alike: dict[str, list[str]], record: str, column: str, check: str) -> str:
     """One breach in words: the record, the column, what is there, the rule."""
     rule = next((text for name, text in EXPLAINED.items() if str(check).startswith(name)), str(check))
     value = facts.at[record, column]
     if column == "key":
-        twins = [other for other in facts.index[facts["key"] == value] if other != record]
-        return f"{record}, column image: the same pixels as {', '.join(twins[:3])} (rule {rule})"
+        others = islice((other for other in alike[value] if other != record), NAMED_TWINS)
+        return f"{record}, column image: the same pixels as {', '.join(others)} (rule {rule})"
     return f"{record}, column {column}: {value:g} (rule {rule})"
 
 

@@ -4,19 +4,25 @@ An environment is named by what decides its content (lock, torch, Python, platfo
 never rebuilds one, and two components with the same lock share one.
 """
 
+import ast
 import hashlib
 import io
 import json
+import os
 import platform
 import shutil
 import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from tempfile import TemporaryDirectory
+from typing import Literal
 
 from filelock import FileLock
 
 from torchrelay.config import component, read_json, root, settings, write_json
-from torchrelay.console import run_logged, say
+from torchrelay.console import pulse, run_logged, say
 from torchrelay.errors import ConfigError
 from torchrelay.handover import Environment
 
@@ -28,8 +34,12 @@ _CONDA_HEAD = """\
 # Written by `make lock`, from the locks. torch is the build that pip takes by default.
 """
 
-# Files of a component that training does not read: changing them must not retrain.
-_NOT_TRAINING = frozenset({"data.py", "search.py", "conftest.py"})
+# What lies in a component's folder and is not part of it: caches, and what runs by hand leave there.
+_LEFT_BEHIND = (".*", "__pycache__", "*.egg-info", "mlruns", "node_modules", "train-output", "search-output")
+# Files and folders of a component that neither training nor a data stage reads: texts, tests, what other legs see to.
+_NOT_READ = ("tests", "conftest.py", "pytest.ini", "README*", "component.yaml", "conda.yaml", "requirements.*")
+# What training does not read but for its outcome, the data: changing them must not retrain.
+_NOT_TRAINING = ("data.py", "params.yaml", "search.py")
 
 
 def folder(name: str) -> Path:
@@ -38,9 +48,71 @@ def folder(name: str) -> Path:
 
 
 def training_sources(name: str) -> list[Path]:
-    """The files whose change asks for a new training, sorted, relative to the checkout."""
-    modules = (path for path in folder(name).glob("*.py") if path.name not in _NOT_TRAINING)
-    return sorted(path.relative_to(root()) for path in [*modules, folder(name) / "MLproject"])
+    """The files whose change asks for a new training, sorted, relative to the checkout: whatever train.py may read."""
+    read = (path for path in _read(name) if not _matches(path.relative_to(folder(name)).parts[0], _NOT_TRAINING))
+    return sorted(path.relative_to(root()) for path in {*read, folder(name) / "MLproject"})
+
+
+def data_sources(name: str) -> list[Path]:
+    """The files whose change asks for the data stages, sorted: data.py, what it imports of the folder, other than code.
+
+    A model's code is not among them, so that an edit of it costs no pass over the data.
+    """
+    other = (path for path in _read(name) if path.suffix != ".py" and path.name != "MLproject")
+    return sorted({*other, *_imported(folder(name), folder(name) / "data.py")})
+
+
+def _read(name: str) -> Iterator[Path]:
+    """All files of the component but those that are only for people, tests and other legs."""
+    for path in folder(name).iterdir():
+        if not _matches(path.name, _NOT_READ):
+            yield from _files(path)
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """The file, or all files below the folder, without what was left behind there."""
+    if _matches(path.name, _LEFT_BEHIND):
+        return
+    if path.is_dir():
+        for inner in path.iterdir():
+            yield from _files(inner)
+    else:
+        yield path
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _imported(home: Path, first: Path) -> set[Path]:
+    """The module and all that it imports from `home`, however far down; of a package, every module."""
+    found: set[Path] = set()
+    waiting = [first]
+    while waiting:
+        path = waiting.pop()
+        if path not in found:
+            found.add(path)
+            waiting.extend(module for name in _imports(path) for module in _modules(home, name))
+    return found
+
+
+def _modules(home: Path, name: str) -> Iterator[Path]:
+    """The Python files of the module or package of that name, where it is one of `home`."""
+    if (home / f"{name}.py").is_file():
+        yield home / f"{name}.py"
+    if (home / name).is_dir():
+        yield from (path for path in _files(home / name) if path.suffix == ".py")
+
+
+def _imports(path: Path) -> set[str]:
+    """Top-level names that the module imports, also inside functions; what cannot be read imports nothing."""
+    try:
+        nodes = list(ast.walk(ast.parse(path.read_bytes())))
+    except (OSError, SyntaxError, ValueError):  # whoever runs it says so in its own words
+        return set()
+    named = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    named += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.partition(".")[0] for name in named}
 
 
 def training_digest(name: str) -> str:
@@ -113,11 +185,7 @@ def environment_file(environment: str) -> Path:
 
 def environment(name: str) -> Environment:
     """The component's environment; a ConfigError where it was not built yet."""
-    return read_json(
-        Environment,
-        environment_file(environment_name(name)),
-        f".venv/bin/torchrelay build-environment --component {name}",
-    )
+    return read_json(Environment, environment_file(environment_name(name)), f"make environment COMPONENT={name}")
 
 
 def build_environment(name: str, log: Path) -> Environment:
@@ -149,7 +217,8 @@ def _install(name: str, target: Path, log: Path) -> None:
         shutil.rmtree(target)
     say(f"  {lock.name} → {target.name} (a minute or two; details in {log})")
     installer = root() / "requirements" / "install"
-    _step([sys.executable, installer, "--venv", target, "--lock", lock], log)
+    with pulse(lambda: f"{lock.name}: {_written(target)}"):
+        _step([sys.executable, installer, "--venv", target, "--lock", lock], log)
     install_torch(target / "bin" / "python", torch, log)
 
 
@@ -170,14 +239,28 @@ def install_torch(python: Path, pinned: Path, log: Path) -> None:
         "--progress-bar",
         "off",
     ]
-    if variant() == "cuda" or platform.system() != "Linux":
-        _step([*pip, requirement], log)
-    elif run_logged([*pip, f"{requirement}+cpu"], log):
-        _step([*pip, f"{requirement}+cpu", "--index-url", f"{settings().torch_index}/cpu"], log)
+    target = python.parents[1]
+    # pip downloads into the temporary folder: there the size so far can be seen, and /tmp is often too small for CUDA.
+    with TemporaryDirectory(dir=target, prefix=".pip-") as scratch, pulse(lambda: f"{requirement}: {_written(target)}"):
+        environment = {**os.environ, "TMPDIR": scratch}
+        if variant() == "cuda" or platform.system() != "Linux":
+            _step([*pip, requirement], log, environment)
+        elif run_logged([*pip, f"{requirement}+cpu"], log, environment=environment):
+            _step([*pip, f"{requirement}+cpu", "--index-url", f"{settings().torch_index}/cpu"], log, environment)
 
 
-def _step(command: list[Any], log: Path) -> None:
-    if run_logged(command, log, show=_worth_showing, indent="  "):
+def _written(folder: Path) -> str:
+    """How much lies below the folder, which somebody is writing to."""
+    size = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                size += Path(place, name).lstat().st_size
+    return f"{size / 1e6:.0f} MB written"
+
+
+def _step(command: Sequence[str | Path], log: Path, environment: Mapping[str, str] | None = None) -> None:
+    if run_logged(command, log, show=_worth_showing, environment=environment, indent="  "):
         raise ConfigError(
             f"{' '.join(map(str, command[:4]))} … failed", "an installation without errors", f"read {log}, then rerun"
         )

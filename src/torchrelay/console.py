@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -12,7 +13,12 @@ from typing import ClassVar
 
 from torchrelay.errors import TorchrelayError
 
-_ESCAPES = re.compile(r"\033\[\d+m")
+# In the environment of every child, and so of its children: the state folder that it works with. `make down` ends by it
+# what outlived a kill of its parent.
+MARK = "TORCHRELAY_CHILD_OF"
+
+_PULSE_S = 5.0
+_ESCAPES = re.compile(r"\033\[[\d;]*m")
 _COLOURS = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33", "cyan": "36"}
 
 
@@ -26,6 +32,11 @@ def paint(text: str, colour: str) -> str:
     if not coloured():
         return text
     return f"\033[{_COLOURS[colour]}m{text}\033[0m"
+
+
+def plain(text: str) -> str:
+    """`text` without colours, for files."""
+    return _ESCAPES.sub("", text)
 
 
 class _Log:
@@ -47,7 +58,7 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)  # noqa: T201
     if _Log.path:
         with _Log.path.open("a", encoding="utf-8") as file:
-            file.write(f"{_ESCAPES.sub('', text)}\n")
+            file.write(f"{plain(text)}\n")
 
 
 def result(text: str) -> None:
@@ -86,6 +97,24 @@ def leg(name: str, subject: str = "") -> Iterator[None]:
     say(f"{paint('✓', 'green')} {name} {paint(f'{seconds:.1f} s', 'dim')}")
 
 
+@contextmanager
+def pulse(so_far: Callable[[], str]) -> Iterator[None]:
+    """For what is silent while it works: every few seconds, until the block ends, say how far it is."""
+    began, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(_PULSE_S):
+            say(f"  {so_far()}, {time.monotonic() - began:.0f} s")
+
+    teller = threading.Thread(target=tell, daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        teller.join()
+
+
 def _nothing(_line: str) -> bool:
     return False
 
@@ -106,6 +135,8 @@ def run_logged(
     With `meanwhile`, the child is one that waits for a line on its standard input, which it gets once that is done.
     Returns its exit status. The child ends with us: it is killed if we are interrupted.
     """
+    from torchrelay.config import settings
+
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(map(str, command))}\n")
@@ -117,7 +148,7 @@ def run_logged(
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            env=dict(environment) if environment is not None else None,
+            env={**(os.environ if environment is None else environment), MARK: str(settings().state)},
             cwd=folder,
             pass_fds=keep_open,
         )
@@ -126,7 +157,7 @@ def run_logged(
                 meanwhile()
                 _tell(child)
             for line in child.stdout or ():
-                file.write(line)
+                file.write(plain(line))
                 file.flush()
                 if show(line):
                     say(f"{indent}{line.rstrip()}")

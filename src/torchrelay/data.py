@@ -11,10 +11,11 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
+from torchrelay import components
 from torchrelay.config import Frozen, component_names, read_yaml, root, settings, write_file, write_json
 from torchrelay.console import run_logged
 from torchrelay.errors import DataError
@@ -36,6 +37,7 @@ class Seen(Frozen):
 
     whole: str
     source: str
+    code: str
 
 
 def run_stage(component: str, stage: Stage, python: str) -> None:
@@ -64,14 +66,23 @@ def reproduce(component: str, log: Path) -> None:
     """
     register_components()
     _place_cache()
-    inputs, source = _print_of(_inputs(component)), _print_of(_source(component))
+    inputs, source, code = _read_by(component)
     log.unlink(missing_ok=True)
-    if (seen := _seen(component)) and seen.source != source:
+    seen = _seen(component)
+    if seen and seen.code != code:
+        _dvc(["repro", "--force", f"prepare@{component}"], component, log)
+    elif seen and seen.source != source:
         _dvc(["repro", "--force", "--single-item", f"extract@{component}"], component, log)
     _dvc(["repro", f"prepare@{component}"], component, log)
     # What changed while DVC ran was perhaps not read: leave no fingerprint, so that the next call asks DVC again.
-    if inputs == _print_of(_inputs(component)) and source == _print_of(_source(component)):
-        write_json(_seen_path(component), Seen(whole=_whole(component), source=source))
+    if (inputs, source, code) == _read_by(component):
+        write_json(_seen_path(component), Seen(whole=_whole(component), source=source, code=code))
+
+
+def _read_by(component: str) -> tuple[str, str, str]:
+    """Fingerprints of what the stages read: what DVC watches, and what it does not: the user's source, more code."""
+    watched, code = _inputs(component), _code(component)
+    return _print_of(watched), _print_of(_source(component)), _print_of(code)
 
 
 def up_to_date(component: str) -> bool:
@@ -183,10 +194,16 @@ def _lock(component: str) -> str:
     return "".join(part for part in parts if part.startswith(wanted))
 
 
-def _inputs(component: str) -> Iterator[Path]:
-    """The files that decide what the stages do."""
+def _inputs(component: str) -> tuple[Path, ...]:
+    """The files that decide what the stages do, as dvc.yaml names them."""
     folder = root() / "components" / component
-    return iter((folder / "data.py", folder / "params.yaml", root() / "dvc.yaml"))
+    return folder / "data.py", folder / "params.yaml", root() / "dvc.yaml"
+
+
+def _code(component: str) -> list[Path]:
+    """What else of the component's folder the stages may read: DVC cannot watch what each component has of its own."""
+    watched = _inputs(component)
+    return [path for path in components.data_sources(component) if path not in watched]
 
 
 def _source(component: str) -> list[Path]:
@@ -207,7 +224,7 @@ def _whole(component: str) -> str:
     data = root() / "data" / component
     outputs = [path for _, folder in STAGES.values() for path in [data / folder, *_files(data / folder)]]
     lock = hashlib.sha256(_lock(component).encode()).hexdigest()
-    return _print_of([*_inputs(component), *outputs], lock)
+    return _print_of([*_inputs(component), *_code(component), *outputs], lock)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from torchrelay.config import (
     site,
     write_file,
 )
-from torchrelay.console import leg, say
+from torchrelay.console import MARK, leg, say
 from torchrelay.errors import BusyError, ConfigError, ServingError
 from torchrelay.playbook import run_playbook
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _LOCK_SECONDS = 300
 _TRACKING_SECONDS = 180
 _DAEMON_SECONDS = 60
+_LEG_ROUNDS = 3
 _QUIET_SECONDS = 2
 
 
@@ -144,16 +145,26 @@ def _left_over(here: Site) -> list[str]:
 
 
 def stop() -> None:
-    """Stop every process of this site and see that it is gone, also what a killed supervisord left behind.
+    """Stop every process of this site and see that it is gone, also what a killed supervisord or leg left behind.
 
     Does nothing where nothing runs. Raises ServingError when a process survives.
     """
+    _end_legs()
     if not _supervisord_conf().is_file():
         return
     _end_lost_daemon()
     _supervisor().shutdown()
     for left in ("supervisord.sock", "supervisord.pid"):
         (_supervisord_conf().parent / left).unlink(missing_ok=True)
+
+
+def _end_legs() -> None:
+    """End what the chain runs, or left running when it was killed: a training goes on for minutes by itself."""
+    from torchrelay.serving.supervisor import end_marked
+
+    for _ in range(_LEG_ROUNDS):  # one that was just starting a child when we looked
+        if not end_marked({MARK: str(settings().state)}):
+            return
 
 
 def _ports_to_serve(here: Site) -> list[tuple[int, str]]:

@@ -80,3 +80,18 @@ def test_every_row_and_step_of_the_brief_is_traced() -> None:
 
 def test_the_readme_is_there() -> None:
     assert (ROOT / "README.md").is_file()
+
+
+def test_developers_are_told_all_that_ci_installs() -> None:
+    packages = re.findall(
+        r"([\w-]+)=\w+", re.findall(r"^for pair in (.*); do$", (ROOT / ".ci/run").read_text(), re.M)[0]
+    )
+    told = (ROOT / "DEVELOPERS.md").read_text(encoding="utf-8")
+    assert packages
+    assert not [package for package in packages if f"`{package}`" not in told]
+
+
+def test_the_tests_that_a_page_shows_as_passed_are_as_many_as_their_dots() -> None:
+    page = (ROOT / "docs" / "how-to" / "add-a-component.md").read_text(encoding="utf-8")
+    [(dots, passed)] = re.findall(r"^(\.+) +\[100%\]\n(\d+) passed", page, re.MULTILINE)
+    assert len(dots) == int(passed)

@@ -149,14 +149,21 @@ def test_plan_touches_nothing_and_names_what_would_run(deployed: Checkout) -> No
     deployed.ok("deploy-dev", "--component", COMPONENT)
     before = len(_versions(deployed))
     assert "nothing to do" in deployed.ok("plan", "--component", COMPONENT).stdout
-    source = deployed.folder / "components" / COMPONENT / "model.py"
-    text = source.read_text()
-    source.write_text(text + "\n# a changed training file\n")
+    folder = deployed.folder / "components" / COMPONENT
+    text = (folder / "model.py").read_text()
+    (folder / "model.py").write_text(text + "\n# a changed training file\n")
     try:
-        planned = deployed.ok("plan", "--component", COMPONENT).stdout
+        changed = deployed.ok("plan", "--component", COMPONENT).stdout
     finally:
-        source.write_text(text)
-    assert "train_model" in planned
+        (folder / "model.py").write_text(text)
+    (folder / "layers").mkdir()
+    (folder / "layers" / "block.py").touch()
+    try:
+        added = deployed.ok("plan", "--component", COMPONENT).stdout
+    finally:
+        shutil.rmtree(folder / "layers")
+    assert "train_model" in changed
+    assert "train_model" in added
     assert len(_versions(deployed)) == before
 
 

@@ -23,6 +23,7 @@ from torchrelay import archive
 from torchrelay.archive.mar import BASE_HANDLER, REQUIRED
 from torchrelay.errors import ArchiveError, TrackingError
 from torchrelay.handover import Registration
+from torchrelay.rest import NOT_THERE
 from torchrelay.serving.golden import largest_difference
 
 
@@ -307,8 +308,9 @@ def test_a_failed_fetch_leaves_nothing_behind(what: str, packed: Path, server: s
         "truncated": (200, body[:10], len(body)),
         "failing": (500, b"", 0),
     }[what]
-    with pytest.raises(TrackingError):
+    with pytest.raises(TrackingError) as caught:
         archive.fetch(f"{server}/v1", tmp_path / "digest")
+    assert getattr(caught.value, "code", None) == (NOT_THERE if what == "missing" else None)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -136,10 +136,18 @@ def fake_dvc(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]
 
 @pytest.mark.parametrize(
     "changed",
-    ["components/moons/data.py", "components/moons/params.yaml", "dvc.yaml", "data/moons/prepared/train.npz"],
+    [
+        "components/moons/data.py",
+        "components/moons/reading/idx.py",
+        "components/moons/labels.csv",
+        "components/moons/params.yaml",
+        "dvc.yaml",
+        "data/moons/prepared/train.npz",
+    ],
 )
 def test_any_change_of_what_a_stage_reads_or_wrote_counts(checkout, monkeypatch, changed):
     fake_dvc(checkout, monkeypatch)
+    import_more(checkout)
     data.reproduce("moons", checkout / "log")
     assert data.up_to_date("moons")
     with (checkout / changed).open("a") as file:
@@ -184,6 +192,37 @@ def test_a_changed_source_folder_is_extracted_again(checkout, monkeypatch):
     calls.clear()
     data.reproduce("moons", checkout / "log")
     assert calls == [["repro", "--force", "--single-item", "extract@moons"], ["repro", "prepare@moons"]]
+    assert data.up_to_date("moons")
+
+
+def import_more(checkout: Path) -> None:
+    """A package that the stages import, and a file that they read."""
+    folder = checkout / "components" / "moons"
+    (folder / "reading").mkdir()
+    (folder / "reading" / "idx.py").touch()
+    (folder / "labels.csv").touch()
+    (folder / "model.py").touch()
+    with (folder / "data.py").open("a") as file:
+        file.write("import reading.idx\n")
+
+
+@pytest.mark.parametrize("changed", ["reading/idx.py", "labels.csv"])
+def test_what_the_stages_read_and_dvc_does_not_watch_runs_them_again(checkout, changed):
+    subprocess.run(["git", "init", "-q"], check=True)
+    import_more(checkout)
+    data.reproduce("moons", checkout / "log")
+    ran(checkout)
+    (checkout / "components" / "moons" / changed).write_text("# changed\n")
+    data.reproduce("moons", checkout / "log")
+    assert ran(checkout) == ["extract", "validate", "prepare"]
+    assert data.up_to_date("moons")
+
+
+def test_a_models_code_is_nothing_to_the_data(checkout, monkeypatch):
+    fake_dvc(checkout, monkeypatch)
+    import_more(checkout)
+    data.reproduce("moons", checkout / "log")
+    (checkout / "components" / "moons" / "model.py").write_text("# changed\n")
     assert data.up_to_date("moons")
 
 

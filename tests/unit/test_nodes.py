@@ -4,9 +4,11 @@ import json
 import shutil
 import socket
 import stat
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from certificates_rig import CLIENT, Authority
@@ -15,6 +17,7 @@ from torchrelay.archive import rotation
 from torchrelay.errors import BusyError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHON = sys.executable
 FAKE = """#!{python}
 import json, pathlib, sys
 count = pathlib.Path({folder!r}) / "runs"
@@ -252,3 +255,40 @@ def test_stopping_what_was_never_started_does_nothing(checkout: Path) -> None:
     configure()
     nodes.stop()
     nodes.stop()
+
+
+LEG = """import sys
+from pathlib import Path
+from torchrelay.console import run_logged
+child = "import subprocess; p = subprocess.Popen(['sleep', '60']); print('up', flush=True); p.wait()"
+run_logged([sys.argv[1], "-c", child], Path(sys.argv[2]), show=lambda line: line == "up\\n")
+"""
+
+
+def _orphaned_leg(python: str, log: Path) -> list[psutil.Process]:
+    """What a leg that was killed leaves behind: its child and that one's child."""
+    leg = subprocess.Popen([python, "-c", LEG, python, str(log)], stderr=subprocess.PIPE, text=True)
+    assert leg.stderr is not None
+    with leg, leg.stderr:
+        assert leg.stderr.readline() == "up\n"
+        orphans = psutil.Process(leg.pid).children(recursive=True)
+        leg.kill()
+    return orphans
+
+
+def test_a_training_that_outlived_its_leg_is_stopped_too(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ours = _orphaned_leg(PYTHON, tmp_path / "ours.log")
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHRELAY_STATE", str(tmp_path / "another"))
+        others = _orphaned_leg(PYTHON, tmp_path / "others.log")
+    try:
+        nodes.stop()
+        assert not psutil.wait_procs(ours, timeout=10)[1]
+        assert others
+        assert all(process.is_running() for process in others)
+    finally:
+        for process in (*ours, *others):
+            if process.is_running():
+                process.kill()

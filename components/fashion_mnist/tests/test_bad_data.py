@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -142,6 +143,19 @@ def test_many_breaches_are_counted_not_listed(refused):
     told = refused({LABELS: idx(CLASSES + 100)})
     assert "train[0], column label: 100" in told
     assert "and 65 more" in told.splitlines()[0]
+
+
+def test_thousands_of_repeated_images_are_explained_in_seconds():
+    count = 20_000
+    seen = np.zeros((count, 28, 28), dtype=np.uint8)
+    seen[:, 0, 0], seen[:, 0, 1] = np.arange(count) // 4 % 256, np.arange(count) // 4 // 256
+    facts = data.facts_table({"train": (seen, np.zeros(count, dtype=np.uint8))})
+    began = time.process_time()
+    breaches = data.broken_records(facts)
+    assert time.process_time() - began < 10
+    assert len(breaches) == count
+    rule = data.EXPLAINED["field_uniqueness"]
+    assert f"train[2], column image: the same pixels as train[0], train[1], train[3] (rule {rule})" in breaches
 
 
 def test_good_files_pass(tmp_path, monkeypatch):

@@ -119,8 +119,9 @@ def test_files_that_are_in_place_keep_their_source(tmp_path, published, monkeypa
 
 
 @pytest.mark.skipif(shutil.which("dpkg-deb") is None, reason="needs dpkg-deb to make a package: apt-get install dpkg")
-def test_debians_package_is_named_as_the_source_without_a_password(tmp_path, published, monkeypatch):
-    """A real package of the small files; only apt-get is a script that says and copies what apt would."""
+def test_debians_package_is_named_as_the_source_without_a_password(tmp_path, published, monkeypatch, capsys):
+    """A real package of the small files; only apt-get is a script that says and copies, slowly, what apt would."""
+    monkeypatch.setattr(data, "PULSE_S", 0.1)
     tree = tmp_path / "tree"
     (tree / "DEBIAN").mkdir(parents=True)
     (tree / "DEBIAN").chmod(0o755)
@@ -136,12 +137,23 @@ def test_debians_package_is_named_as_the_source_without_a_password(tmp_path, pub
     script.write_text(
         '#!/bin/sh\ncase "$*" in\n'
         "*--print-uris*) echo \"'https://me:secret@mirror.example.org/d/package.deb' package.deb 1 SHA256:0\" ;;\n"
-        f"*) cp {tmp_path}/package.deb . ;;\nesac\n"
+        f"*) cp {tmp_path}/package.deb . && sleep 0.5 ;;\nesac\n"
     )
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}{os.pathsep}{os.environ['PATH']}")
     assert extract(tmp_path, "debian") == 0
     assert told_source(tmp_path)["source"] == "https://mirror.example.org/d/package.deb"
+    assert "extract: apt-get download 0.0 MB so far, 0 s\n" in capsys.readouterr().out
+
+
+def test_an_apt_that_hangs_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "PULSE_S", 0.05)
+    monkeypatch.setattr(data, "APT_S", 0.1)
+    (tmp_path / "apt-get").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "apt-get").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    with pytest.raises(OSError, match="is not done after 0 s"):
+        data.apt_download(tmp_path)
 
 
 def test_no_source_names_the_three_ways(tmp_path, monkeypatch, capsys):

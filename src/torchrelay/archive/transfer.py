@@ -17,7 +17,8 @@ _CHUNK = 2**20
 def fetch(url: str, target: Path) -> None:
     """Download `url`/model.mar, manifest.json and model.sig into `target`, which appears whole or not at all.
 
-    Raises TrackingError when the server does not hand them over, ArchiveError when one is too large.
+    Raises TrackingError when the server does not hand them over (the AnsweredError NOT_THERE when it has one of them no
+    more), ArchiveError when one is too large.
     """
     import urllib3
 
@@ -34,11 +35,21 @@ def _download(pool: "PoolManager", url: str, path: Path, limit: int) -> None:
     try:
         response = pool.request("GET", url, preload_content=False)
         if response.status != 200:
-            raise TrackingError(f"GET {url} was answered with {response.status}", "200 and the file", "make status")
+            response.close()
+            raise _refused(url, response.status)
         _save(response, path, limit, url)
         response.release_conn()
     except HTTPError as error:
         raise TrackingError(f"GET {url} failed: {error}", "a server that answers", "make up") from error
+
+
+def _refused(url: str, status: int) -> TrackingError:
+    """What such an answer is to callers: that a file is gone is a finding for some of them, not a fault."""
+    from torchrelay.rest import NOT_THERE, AnsweredError
+
+    if status == 404:
+        return AnsweredError(f"{url} is gone from the tracking server", "the file", "make status", NOT_THERE)
+    return TrackingError(f"GET {url} was answered with {status}", "200 and the file", "make status")
 
 
 def _save(response: "BaseHTTPResponse", path: Path, limit: int, url: str) -> None:

@@ -114,12 +114,12 @@ def _run_chain(name: str, lock: int, prepare: Callable[[], None]) -> bool:
 
 @contextmanager
 def _chain_lock() -> Iterator[int]:
-    """One chain at a time in a checkout.
+    """One chain at a time in a checkout, whichever state folder it works with: all share results/, data/ and logs/.
 
     Snakemake inherits the descriptor, so the lock is held as long as either lives, and a kill gives it back, which
     Snakemake's own lock does not do.
     """
-    path = settings().state / "chain.lock"
+    path = root() / "results" / ".chain.lock"
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:

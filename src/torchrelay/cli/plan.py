@@ -119,9 +119,11 @@ def _serving(name: str, rules: list[str], state: dict[str, Any] | None) -> str:
 
 
 def _change(name: str, rules: list[str], found: dict[str, Any]) -> str:
-    if any(rule.startswith((_WHOLE_CHAIN, "train_model", "register_model")) for rule in rules):
+    record = results(name) / "archive.json"
+    anew = any(rule.startswith((_WHOLE_CHAIN, "train_model", "register_model")) for rule in rules)
+    if anew or not record.is_file():  # a package_archive that was cut short leaves none
         return "what the chain builds would replace it if the gate passes it"
-    built = read_json(ArchiveRecord, results(name) / "archive.json", "make deploy-dev").version
+    built = read_json(ArchiveRecord, record, "make deploy-dev").version
     asked = found.get("refused", {}).get("version") or found["wanted"]
     if asked != built:
         return f"@dev, now at version {asked}, would move to version {built}, which was built here"

@@ -104,7 +104,7 @@ def clean(confirm: str) -> None:
 
 def _insist_on_a_state_folder(folder: Path) -> None:
     """A folder that a setting names by mistake is not for us to delete."""
-    ours = ("site.json", "site.lock", "chain.lock", "configured.json")
+    ours = ("site.json", "site.lock", "configured.json")
     if folder.is_dir() and any(folder.iterdir()) and not any((folder / name).is_file() for name in ours):
         raise ConfigError(
             f"{folder}, which the setting `state` names, holds nothing of a site",

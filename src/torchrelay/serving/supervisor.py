@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -260,9 +260,15 @@ def _wait(condition: Callable[[], bool], seconds: float, problem: str) -> None:
 
 def end_strays(socket: Path, name: str | None = None) -> None:
     """End what was started by the supervisord of `socket` (as program `name`) and is still there."""
+    named = {"SUPERVISOR_PROCESS_NAME": name} if name else {}
+    end_marked({"SUPERVISOR_SERVER_URL": f"unix://{socket.absolute()}", **named})
+
+
+def end_marked(marks: Mapping[str, str]) -> bool:
+    """End every process whose environment has `marks`, but for us and who started us; whether there was one."""
     import psutil
 
-    strays = _strays(socket, name)
+    strays = _marked(marks)
     for stray in strays:
         _signal(stray.terminate)
     _, stubborn = psutil.wait_procs(strays, timeout=5 if strays else 0)
@@ -272,21 +278,20 @@ def end_strays(socket: Path, name: str | None = None) -> None:
     if immortal:
         pids = ", ".join(str(stray.pid) for stray in immortal)
         raise ServingError(f"processes {pids} survived SIGKILL", "none left", f"ps -o pid,stat,cmd -p {pids}")
+    return bool(strays)
 
 
-def _strays(socket: Path, name: str | None) -> "list[Process]":
+def _marked(marks: Mapping[str, str]) -> "list[Process]":
     import psutil
 
-    url = f"unix://{socket.absolute()}"
+    spared = {os.getpid(), *(process.pid for process in psutil.Process().parents())}
     found = []
     for process in psutil.process_iter():
         try:
-            environment = process.environ() if process.pid != os.getpid() else {}
+            environment = process.environ() if process.pid not in spared else {}
         except psutil.Error:  # it just ended, or is somebody else's
             continue
-        if environment.get("SUPERVISOR_SERVER_URL") == url and (
-            name is None or environment.get("SUPERVISOR_PROCESS_NAME") == name
-        ):
+        if marks.items() <= environment.items():
             found.append(process)
     return found
 
