@@ -11,7 +11,7 @@ version without fault that gets at least as many, or none at all; one that gets 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -141,6 +141,17 @@ def replay(policy: Rollout, compared: int, disagreed: int, errors: int, slow: in
         return Judgement(kind="starved", reason="There was no logged request to replay.", figures=figures)
     counts = f"{errors} failed, {slow} were slow, {disagreed} of {compared} answers differ"
     return Judgement(kind="pass", reason=f"Replay of {requests} logged requests: {counts}.", figures=figures)
+
+
+def measured(figures: Mapping[str, float]) -> str:
+    """Requests, error rate and p99 against the version in service, as far as they are known."""
+    if not figures.get("requests"):
+        return ""
+    errors, theirs = figures.get("errors_rate", 0.0), figures.get("live_errors_rate", 0.0)
+    parts = [f"{figures['requests']:.0f} requests", f"errors {errors:.1%} against {theirs:.1%}"]
+    if "p99_ms" in figures:
+        parts.append(f"p99 {figures['p99_ms']:.0f} ms against {figures.get('live_p99_ms', float('nan')):.0f}")
+    return f"{', '.join(parts)}. "
 
 
 def _rules(policy: Rollout, blocks: Sequence[Block]) -> dict[RuleName, _Rule]:

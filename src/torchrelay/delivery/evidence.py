@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from torchrelay.config import Component, Latency, Node, Perimeter, Stage
 from torchrelay.config import component as component_settings
 from torchrelay.delivery import reach
-from torchrelay.delivery.canary import Block, Judgement, judge, replay
+from torchrelay.delivery.canary import Block, Judgement, judge, measured, replay
 from torchrelay.delivery.replaying import TOLERANCE, replay_on
 from torchrelay.delivery.store import Rollout, State
 from torchrelay.errors import TorchrelayError, UntrustedError
@@ -252,10 +252,10 @@ def _quantiles(state: State, rollout: Rollout, counts: Mapping[Key, BackendCount
 def _judged(rollout: Rollout, found: Judgement, stage: Stage) -> Rollout:
     judgement = found.kind if found.kind in ("pass", "breach") else "bake"
     note = found.reason
-    passed = f"{rollout.passed}\n{_name(stage)}: {note}".strip() if judgement == "pass" else rollout.passed
     if found.kind == "starved":
         note = f"{found.reason} It waits, as the policy says (little_traffic: wait)."
-    figures = {name: value for name, value in found.figures.items() if value is not None}
-    return rollout.model_copy(
-        update={"judgement": judgement, "note": note, "figures": {**rollout.figures, **figures}, "passed": passed}
-    )
+    figures = {**rollout.figures, **{name: value for name, value in found.figures.items() if value is not None}}
+    passed = rollout.passed
+    if judgement == "pass":
+        passed = f"{passed}\n{_name(stage)}: {measured(figures)}{note}".strip()
+    return rollout.model_copy(update={"judgement": judgement, "note": note, "figures": figures, "passed": passed})

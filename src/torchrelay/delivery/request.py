@@ -10,6 +10,7 @@ from collections.abc import Callable
 from torchrelay.config import Perimeter, Site, settings
 from torchrelay.console import paint, say
 from torchrelay.delivery.admission import Gatekeeper, Trusting, refusal, refusal_error
+from torchrelay.delivery.canary import measured
 from torchrelay.delivery.converge import Outcome, converge, record_refusal
 from torchrelay.delivery.sight import serves
 from torchrelay.delivery.store import Admission, State, store
@@ -238,7 +239,7 @@ class Progress:
         if rollout.stage == self._stage and time.monotonic() < self._said + _SAY_EVERY_S:
             return
         self._stage, self._said = rollout.stage, time.monotonic()
-        say(f"  {_weight(rollout.stage, rollout.weights):<8} {_measured(rollout.figures)}{rollout.note}")
+        say(f"  {_weight(rollout.stage, rollout.weights):<8} {measured(rollout.figures)}{rollout.note}")
 
     def passed(self, text: str) -> None:
         """Say which stages were passed, and on what, as far as that is news."""
@@ -254,14 +255,3 @@ def _weight(stage: int, weights: tuple[int, ...]) -> str:
     if stage >= len(weights):
         return "100 %"
     return f"{weights[stage]} %" if weights[stage] else "shadow"
-
-
-def _measured(figures: dict[str, float]) -> str:
-    """Requests, error rate and p99 against the version in service, as far as they are known."""
-    if not figures.get("requests"):
-        return ""
-    errors, theirs = figures.get("errors_rate", 0.0), figures.get("live_errors_rate", 0.0)
-    parts = [f"{figures['requests']:.0f} requests", f"errors {errors:.1%} against {theirs:.1%}"]
-    if "p99_ms" in figures:
-        parts.append(f"p99 {figures['p99_ms']:.0f} ms against {figures.get('live_p99_ms', float('nan')):.0f}")
-    return f"{', '.join(parts)}. "
