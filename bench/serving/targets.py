@@ -12,10 +12,10 @@ from pathlib import Path
 
 from report import say
 from torchrelay.components import install_torch
-from torchrelay.config import component, root, settings, site
+from torchrelay.config import root, settings, site
 from torchrelay.errors import ConfigError, ServingError
 from torchrelay.serving import gateway
-from torchrelay.serving.apply import node_config
+from torchrelay.serving.apply import last_desired, node_config
 from torchrelay.serving.ports import HOST
 
 _HERE = Path(__file__).resolve().parent
@@ -43,13 +43,14 @@ def deployed(name: str) -> Deployed:
     if backend is None:
         raise ConfigError(f"dev does not serve {name}", "a served model", f"make deploy-dev COMPONENT={name}")
     point = backend.endpoints[0]
+    told = next(one for one in last_desired(node).components if one.component == name)
     return Deployed(
         component=name,
         version=backend.version,
         digest=backend.digest,
         gateway=f"{perimeter.gateway}/predictions/{name}",
         engine=f"http://{point.host}:{point.port}{backend.path}",
-        workers=component(name).serving.workers,
+        workers=told.workers,
         archive=node.folder / "archives" / backend.digest / "model.mar",
     )
 
