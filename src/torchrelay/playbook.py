@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from torchrelay.config import root, settings
@@ -12,19 +13,21 @@ from torchrelay.errors import ConfigError
 _TASK = re.compile(r"TASK \[(?:(?P<role>\w+) : )?(?P<task>.*?)\] \*+")
 
 
-def run_playbook(name: str, variables: Path, log: Path) -> None:
-    """Run `playbooks/<name>.yml` over the site's inventory with the extra variables of a JSON file.
+def run_playbook(
+    name: str, variables: Path, log: Path, inventory: Path | None = None, environment: Mapping[str, str] | None = None
+) -> None:
+    """Run `playbooks/<name>.yml` over the site's inventory, or another, with the extra variables of a JSON file.
 
     Raises ConfigError with what the first failed task said.
     """
     watch = _Watch()
     command: list[str | Path] = [
         Path(sys.executable).with_name("ansible-playbook"),
-        *("--inventory", settings().inventory),
+        *("--inventory", inventory or settings().inventory),
         *("--extra-vars", f"@{variables}"),
         root() / "playbooks" / f"{name}.yml",
     ]
-    status = run_logged(command, log, show=watch, environment=_environment(), folder=root())
+    status = run_logged(command, log, show=watch, environment={**_environment(), **(environment or {})}, folder=root())
     if status:
         raise ConfigError(
             f"{name} failed at {watch.task or 'its start'}: {' '.join(watch.said) or f'exit status {status}'}",

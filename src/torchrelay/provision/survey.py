@@ -1,0 +1,59 @@
+"""What stands in a perimeter, asked of Google."""
+
+from dataclasses import dataclass, field
+
+from torchrelay.config import Json
+from torchrelay.provision.google import ACCOUNTS, COMPUTE, PROJECTS, STORAGE, Google
+
+
+@dataclass(frozen=True)
+class Live:
+    """The perimeter as it stands. What bears its name or label and nobody wants is in here too."""
+
+    network: Json | None
+    subnetwork: Json | None
+    firewalls: dict[str, Json]
+    accounts: set[str]
+    bucket: Json | None
+    instances: dict[str, Json]
+    project_policy: Json
+    bucket_policy: Json = field(default_factory=dict)
+
+
+def look(google: Google, wanted: Json) -> Live:
+    """Ask for everything that the perimeter wants or that bears its name."""
+    compute = f"{COMPUTE}{wanted['project']}"
+    name = wanted["name"]
+    bucket_url = f"{STORAGE}{wanted['bucket']['name']}"
+    bucket = google.get(bucket_url)
+    rules = google.every(f"{compute}/global/firewalls")
+    accounts = google.every(f"{ACCOUNTS}{wanted['project']}/serviceAccounts", "accounts")
+    instances = google.every(
+        f"{compute}/aggregated/instances", filter=f"labels.torchrelay_perimeter = {wanted['perimeter']}"
+    )
+    return Live(
+        network=google.get(f"{compute}/global/networks/{name}"),
+        subnetwork=google.get(f"{compute}/regions/{wanted['region']}/subnetworks/{name}"),
+        firewalls={rule["name"]: rule for rule in rules if rule["network"].endswith(f"/global/networks/{name}")},
+        accounts={one["email"] for one in accounts if one["email"].startswith(f"{name}-")},
+        bucket=bucket,
+        instances={one["name"]: one for one in instances},
+        project_policy=google.policy(f"{PROJECTS}{wanted['project']}:getIamPolicy"),
+        bucket_policy=(google.get(f"{bucket_url}/iam", optionsRequestedPolicyVersion="3") or {}) if bucket else {},
+    )
+
+
+def holds_objects(google: Google, bucket: str) -> bool:
+    """Whether anything is in the bucket, older versions included."""
+    found = google.get(f"{STORAGE}{bucket}/o", maxResults="1", versions="true")
+    return bool(found and found.get("items"))
+
+
+def late_failures(google: Google, wanted: Json) -> dict[str, str]:
+    """What Google said of operations that it took on and that failed later: name of a machine → the last reason."""
+    url = f"{COMPUTE}{wanted['project']}/zones/{wanted['zone']}/operations"
+    said: dict[str, str] = {}
+    for one in sorted(google.every(url), key=lambda operation: str(operation.get("insertTime", ""))):
+        if errors := one.get("error", {}).get("errors"):
+            said[one["targetLink"].rpartition("/")[2]] = "; ".join(error["message"] for error in errors)
+    return said
