@@ -91,8 +91,8 @@ environment: .venv/run.stamp ## Build the environment that a component trains an
 test: .venv/dev.stamp environment ## Run the tests; real servers, on this machine only [TESTS=tests/unit]
 	.venv/bin/pytest $(TESTS)
 
-test-faults: .venv/dev.stamp environment ## Run every fault, every bad model: about a quarter of an hour
-	.venv/bin/pytest tests/faults -m ''
+test-faults: .venv/dev.stamp environment ## Run every fault, every bad model: about half an hour [TESTS=tests/provision]
+	.venv/bin/pytest $(or $(TESTS),tests/faults tests/provision) -m ''
 
 check: .venv/dev.stamp requirements/node_modules/.package-lock.json ## Run every linter that CI runs
 	.venv/bin/python .ci/check.py

@@ -17,14 +17,14 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = "my-project-dev"
 SHARED = ("Snakefile", "components", "roles", "playbooks", "ansible.cfg", "config")
 NODES = [
-    {"name": "control-1", "role": "control", "machine_type": "e2-standard-2"},
-    {"name": "training-1", "role": "training", "machine_type": "n1-standard-8", "gpu_type": "nvidia-tesla-t4"},
+    {"name": "training-1", "role": "training", "machine_type": "g2-standard-4", "gpu_type": "nvidia-l4"},
     {"name": "serving-1", "role": "serving", "machine_type": "e2-standard-4", "gateway": True, "external": False},
 ]
+INSIDE = [{"name": "metrics", "from": ["serving"], "to": ["node"], "ports": [9100]}]
 
 
 class Site:
-    """A copy of inventory/dev with three machines, a state folder of its own, and a fake Google."""
+    """A copy of inventory/dev with two machines, a state folder of its own, and a fake Google."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -35,7 +35,7 @@ class Site:
             (folder / name).symlink_to(ROOT / name)
         shutil.copytree(ROOT / "inventory", folder / "inventory")
         self._variables = folder / "inventory" / "dev" / "group_vars" / "all" / "gcp.yml"
-        self.want(gcp_nodes=NODES, gcp_callers=["198.51.100.0/24"], gcp_patience=0)
+        self.want(gcp_nodes=NODES, gcp_inside=INSIDE, gcp_callers=["198.51.100.0/24"], gcp_patience=0)
         self._running: subprocess.Popen[str] | None = None
 
     def want(self, **variables: Any) -> None:

@@ -58,6 +58,7 @@ class _Watch:
         self.role = ""
         self.task = ""
         self.said: list[str] = []
+        self._saying = False
 
     def __call__(self, line: str) -> bool:
         """Look at one line of Ansible's output; False, since the line itself is for the log."""
@@ -66,6 +67,8 @@ class _Watch:
             if found["role"] and found["role"] != self.role:
                 self.role = found["role"]
                 say(f"  role {self.role}")
-        if line.startswith("[ERROR]: "):
+        # What Ansible says of an error may take several lines; where the task stands comes next, or nothing.
+        self._saying = line.startswith("[ERROR]: ") or (self._saying and not re.match(r"Origin: |\s*$", line))
+        if self._saying:
             self.said.append(line.removeprefix("[ERROR]: ").strip())
         return False

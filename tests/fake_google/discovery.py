@@ -18,8 +18,9 @@ APIS = {
     "iam.googleapis.com": "iam.v1",
     "cloudresourcemanager.googleapis.com": "cloudresourcemanager.v1",
 }
-# Fields that the google.cloud modules send and no document has. Google passes over them.
+# Fields and parameters that the google.cloud modules send and no document has. Google passes over them.
 TOLERATED = {
+    ("storage.buckets.delete", "projection"),
     ("storage.buckets.insert", "project"),
     ("storage.buckets.update", "project"),
 }
@@ -92,7 +93,11 @@ def recognise(request: Request) -> Request:
 
 def _query_faults(query: dict[str, str], method: Json, document: Json) -> list[str]:
     known = {**document["parameters"], **method.get("parameters", {})}
-    faults = [f"{method['id']}: no parameter {name}" for name in query if name not in known]
+    faults = [
+        f"{method['id']}: no parameter {name}"
+        for name in query
+        if name not in known and (method["id"], name) not in TOLERATED
+    ]
     for name, value in query.items():
         if "enum" in known.get(name, {}) and value not in known[name]["enum"]:
             faults.append(f"{method['id']}: {name}={value}")

@@ -9,7 +9,7 @@ from types import TracebackType
 from urllib.parse import parse_qsl, urlsplit
 
 from certificates_rig import Authority
-from fake_google.cloud import Cloud, DroppedError
+from fake_google.cloud import Cloud
 from fake_google.discovery import APIS, Request
 
 
@@ -36,11 +36,7 @@ class Handler(BaseHTTPRequestHandler):
         request = Request(
             self.command, self.host, url.path, dict(parse_qsl(url.query)), json.loads(content) if content else None
         )
-        try:
-            status, found = self.server.cloud.answer(request, self.headers.get("Authorization", ""))
-        except DroppedError:
-            self.close_connection = True
-            return
+        status, found = self.server.cloud.answer(request, self.headers.get("Authorization", ""))
         body = b"" if found is None else json.dumps(found).encode()
         self.send_response(status)
         self.send_header("Content-Type", "application/json; charset=UTF-8")
@@ -49,6 +45,13 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = answer  # noqa: N815
+
+    def finish(self) -> None:
+        try:
+            super().finish()
+        finally:
+            self.rfile.close()
+            self.connection.close()
 
     def log_message(self, *_words: object) -> None:
         pass

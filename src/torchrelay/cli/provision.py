@@ -97,6 +97,10 @@ def _show(wanted: Json, steps: "list[Step]") -> None:
     _show_costs(wanted)
 
 
+def _money(hour: float, incomplete: bool) -> str:
+    return f"{hour:8.4f}{' + ?' if incomplete else ''}"
+
+
 def _show_costs(wanted: Json) -> None:
     from torchrelay.provision.prices import costs, read_prices
 
@@ -106,10 +110,10 @@ def _show_costs(wanted: Json) -> None:
         f"an hour costs, in {prices.currency} (prices of {prices.date}, {prices.source}; no traffic, no stored data)"
     )
     for cost in found:
-        unknown = f"  and an unknown price for {', '.join(cost.unknown)}" if cost.unknown else ""
-        result(f"  {cost.name:<32} {cost.hour:8.4f}  {cost.what}{unknown}")
+        unknown = f"  (price unknown: {', '.join(cost.unknown)})" if cost.unknown else ""
+        result(f"  {cost.name:<32} {_money(cost.hour, bool(cost.unknown))}  {cost.what}{unknown}")
     incomplete = sum(1 for cost in found if cost.unknown)
-    more = f", without what is unknown of {incomplete} of them" if incomplete else ""
-    result(f"  {'all machines':<32} {sum(cost.hour for cost in found):8.4f}{more}")
+    more = f"  (more than that: {incomplete} of them have unknown prices)" if incomplete else ""
+    result(f"  {'all machines':<32} {_money(sum(cost.hour for cost in found), bool(incomplete))}{more}")
     if note := prices.age_note(datetime.now(UTC).date()):
         say(f"  {note}")

@@ -10,8 +10,7 @@ from torchrelay.console import say
 from torchrelay.errors import ConfigError, ProvisionError, RefusedError
 from torchrelay.playbook import run_playbook
 from torchrelay.provision import google, plan
-from torchrelay.provision.plan import Step
-from torchrelay.provision.survey import Live, holds_objects, late_failures, look
+from torchrelay.provision.survey import Live, holds_objects, look
 
 _SOURCE = "nodes.gcp.yml"
 
@@ -72,17 +71,14 @@ class Perimeter:
         self._run("provision-gcp", {"gcp_state": "present", "gcp_doomed": doomed})
         if calls := plan.calls(self.wanted, self.look()):
             self._run("provision-gcp", {"gcp_state": "amended", "gcp_calls": calls})
-        if left := plan.compare(self.wanted, self.look()):
-            self._complain(left)
-
-    def _complain(self, left: list[Step]) -> None:
-        late = late_failures(self.google, self.wanted)
-        told = [f"{step.kind} {step.name}: {late.get(step.name) or step.why or 'not there'}" for step in left]
-        raise ProvisionError(
-            f"Google was asked for everything, and this is not so: {'; '.join(told)}",
-            "nothing left to do",
-            f"mend what Google says, then make provision PERIMETER={self.name} again: it goes on from here",
-        )
+        left = plan.compare(self.wanted, self.look())
+        told = [f"{step.kind} {step.name}: {step.why if step.action == 'change' else step.action}" for step in left]
+        if told:
+            raise ProvisionError(
+                f"Google was asked for everything, and this is not so: {'; '.join(told)}",
+                "nothing left to do",
+                f"read {self.log}, mend what keeps it so, then make provision PERIMETER={self.name} again",
+            )
 
     def tear_down(self, live: Live) -> str | None:
         """Take everything away; returns the bucket's name if it stays since something is in it."""

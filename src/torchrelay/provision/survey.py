@@ -47,13 +47,3 @@ def holds_objects(google: Google, bucket: str) -> bool:
     """Whether anything is in the bucket, older versions included."""
     found = google.get(f"{STORAGE}{bucket}/o", maxResults="1", versions="true")
     return bool(found and found.get("items"))
-
-
-def late_failures(google: Google, wanted: Json) -> dict[str, str]:
-    """What Google said of operations that it took on and that failed later: name of a machine → the last reason."""
-    url = f"{COMPUTE}{wanted['project']}/zones/{wanted['zone']}/operations"
-    said: dict[str, str] = {}
-    for one in sorted(google.every(url), key=lambda operation: str(operation.get("insertTime", ""))):
-        if errors := one.get("error", {}).get("errors"):
-            said[one["targetLink"].rpartition("/")[2]] = "; ".join(error["message"] for error in errors)
-    return said
