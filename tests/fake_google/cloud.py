@@ -31,7 +31,7 @@ class Cloud:
 
     def __init__(self, project: str) -> None:
         self.project = project
-        self.token = "a-token"
+        self.token = "ya29.a-token-that-nobody-reads"
         self.compute: dict[str, Json] = {}  # path below compute/v1 → resource
         self.operations: dict[str, Json] = {}
         self.buckets: dict[str, Json] = {}

@@ -29,6 +29,7 @@ def site(tmp_path: Path) -> Iterator[Site]:
     with made.proxy:
         yield made
     assert made.cloud.violations == []
+    assert made.cloud.token not in made.log()
 
 
 def granted(site: Site, policy: str = "") -> set[tuple[str, str]]:
@@ -195,6 +196,7 @@ def test_killed_at_any_call_it_is_finished_by_a_rerun(site: Site, number: int, w
 
 
 @pytest.mark.whole
+@pytest.mark.timeout(3600)
 def test_taking_away_killed_at_any_call_is_finished_by_a_rerun(site: Site) -> None:
     site.ok("provision")
     kept = (

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from torchrelay.errors import ConfigError
+from torchrelay.errors import ConfigError, ProvisionError
+from torchrelay.provision.google import token
 from torchrelay.provision.plan import calls, compare, farewell
 from torchrelay.provision.prices import Prices, RegionPrices, costs, read_prices
 from torchrelay.provision.survey import Live
@@ -143,7 +144,8 @@ def test_where_nothing_stands_all_is_made(wanted: Json) -> None:
     [
         ({"tags": {"items": [], "fingerprint": "t"}}, "change", ["setTags"]),
         ({"metadata": {"fingerprint": "m"}}, "change", ["setMetadata"]),
-        ({"labels": {}}, None, []),
+        ({"labels": {"goog-ops": "x"}}, None, []),
+        ({"labels": {"torchrelay_role": "x"}}, "change", []),
         ({"status": "TERMINATED"}, "change", ["start"]),
         ({"machineType": "x/e2-medium"}, "restart", ["stop", "setMachineType", "start"]),
         ({"serviceAccounts": []}, "restart", ["stop", "setServiceAccount", "start"]),
@@ -255,3 +257,13 @@ def test_the_shipped_table_says_when_and_where_from_and_a_broken_one_is_told(tmp
     (tmp_path / "prices.yaml").write_text("date: yesterday\n")
     with pytest.raises(ConfigError):
         read_prices(tmp_path / "prices.yaml")
+
+
+def test_without_credentials_the_next_command_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("GCP_ACCESS_TOKEN", raising=False)
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "none.json"))
+    with pytest.raises(ProvisionError) as caught:
+        token()
+    assert caught.value.next_command == "gcloud auth application-default login"
+    monkeypatch.setenv("GCP_ACCESS_TOKEN", "given")
+    assert token() == "given"

@@ -61,7 +61,7 @@ def wanted_bucket(one: Json, retention_s: int) -> Facts:
     access = one["iam_configuration"]
     return {
         "location": one["location"],
-        "labels": one["labels"],
+        "labels": _ours(one["labels"]),
         "versions": one["versioning"]["enabled"],
         "public access": access["public_access_prevention"],
         "uniform access": access["uniform_bucket_level_access"]["enabled"],
@@ -76,7 +76,7 @@ def live_bucket(one: Json) -> Facts:
     rules = one.get("lifecycle", {}).get("rule", [])
     return {
         "location": one["location"],
-        "labels": one.get("labels", {}),
+        "labels": _ours(one.get("labels", {})),
         "versions": one.get("versioning", {}).get("enabled", False),
         "public access": access.get("publicAccessPrevention", "inherited"),
         "uniform access": access.get("uniformBucketLevelAccess", {}).get("enabled", False),
@@ -91,7 +91,7 @@ def wanted_instance(one: Json) -> Facts:
         "machine type": one["machine_type"],
         "GPUs": {_last(gpu["accelerator_type"]): gpu["accelerator_count"] for gpu in one.get("guest_accelerators", [])},
         "external address": any("access_configs" in card for card in one["network_interfaces"]),
-        "labels": one["labels"],
+        "labels": _ours(one["labels"]),
         "tags": sorted(one["tags"]["items"]),
         "metadata": one["metadata"],
         "accounts": {account["email"]: sorted(account["scopes"]) for account in one["service_accounts"]},
@@ -108,13 +108,18 @@ def live_instance(one: Json) -> Facts:
         "machine type": _last(one["machineType"]),
         "GPUs": {_last(gpu["acceleratorType"]): gpu["acceleratorCount"] for gpu in gpus},
         "external address": any(card.get("accessConfigs") for card in one["networkInterfaces"]),
-        "labels": one.get("labels", {}),
+        "labels": _ours(one.get("labels", {})),
         "tags": sorted(one.get("tags", {}).get("items", [])),
         "metadata": {item["key"]: item["value"] for item in metadata},
         "accounts": {account["email"]: sorted(account["scopes"]) for account in one.get("serviceAccounts", [])},
         "secure boot": one.get("shieldedInstanceConfig", {}).get("enableSecureBoot", False),
         "running": one["status"] in ("RUNNING", "PROVISIONING", "STAGING"),
     }
+
+
+def _ours(labels: Mapping[str, str]) -> dict[str, str]:
+    """Google and its tools put labels of their own on things, and no module takes any away."""
+    return {name: value for name, value in labels.items() if name.startswith("torchrelay_")}
 
 
 def _last(link: str) -> str:
