@@ -8,9 +8,10 @@ import pytest
 
 from torchrelay.errors import ConfigError, ProvisionError
 from torchrelay.provision.google import token
+from torchrelay.provision.perimeter import settled
 from torchrelay.provision.plan import calls, compare, farewell
 from torchrelay.provision.prices import Prices, RegionPrices, costs, read_prices
-from torchrelay.provision.survey import Live
+from torchrelay.provision.survey import Live, is_ours
 
 Json = dict[str, Any]
 COMPUTE = "https://www.googleapis.com/compute/v1/projects/a-project"
@@ -192,11 +193,11 @@ def test_a_rule_that_lets_in_more_or_less_is_set_right(wanted: Json, live: Live,
 def test_what_nobody_wants_any_more_is_destroyed(wanted: Json, live: Live, machine: Json) -> None:
     live.instances["relay-old"] = machine | {"name": "relay-old"}
     live.firewalls["hole"] = {}
-    live.accounts.add("relay-old@a-project.iam.gserviceaccount.com")
+    live.accounts.add("relay-serving@a-project.iam.gserviceaccount.com")
     assert steps(wanted, live) == [
         ("destroy", "relay-old"),
         ("destroy", "hole"),
-        ("destroy", "relay-old@a-project.iam.gserviceaccount.com"),
+        ("destroy", "relay-serving@a-project.iam.gserviceaccount.com"),
     ]
 
 
@@ -224,6 +225,26 @@ def test_a_bucket_is_given_its_retention_back(wanted: Json, live: Live) -> None:
     live.bucket["softDeletePolicy"] = {"retentionDurationSeconds": "0"}
     (call,) = calls(wanted, live)
     assert call["body"] == {"softDeletePolicy": {"retentionDurationSeconds": "2592000"}}
+
+
+@pytest.mark.parametrize(("answers", "left"), [([[]], []), ([["a"], []], []), ([["a"], ["b"], ["c"]], ["c"])])
+def test_google_is_given_time(answers: list[list[str]], left: list[str]) -> None:
+    asked = iter(answers)
+    assert settled(lambda: next(asked), (0, 0, 0)) == left
+    assert list(asked) == []
+
+
+@pytest.mark.parametrize(
+    ("email", "ours"),
+    [
+        ("relay-control@a-project.iam.gserviceaccount.com", True),
+        ("relay-two-control@a-project.iam.gserviceaccount.com", False),
+        ("relay-control@other.iam.gserviceaccount.com", False),
+        ("relay-backup@a-project.iam.gserviceaccount.com", False),
+    ],
+)
+def test_accounts_of_others_are_no_business_of_ours(wanted: Json, email: str, ours: bool) -> None:
+    assert is_ours(email, wanted) is ours
 
 
 def prices(**region: Any) -> Prices:

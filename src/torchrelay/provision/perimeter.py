@@ -1,9 +1,12 @@
 """Provision, take away and verify one perimeter: the roles run, and the live state has the last word."""
 
 import json
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from torchrelay.config import Json, root, settings, write_file
 from torchrelay.console import say
@@ -12,7 +15,9 @@ from torchrelay.playbook import run_playbook
 from torchrelay.provision import google, plan
 from torchrelay.provision.survey import Live, holds_objects, look
 
+T = TypeVar("T")
 _SOURCE = "nodes.gcp.yml"
+_PAUSES = (0.0, 2.0, 5.0, 10.0)
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,8 @@ class Perimeter:
         self._run("provision-gcp", {"gcp_state": "present", "gcp_doomed": doomed})
         if calls := plan.calls(self.wanted, self.look()):
             self._run("provision-gcp", {"gcp_state": "amended", "gcp_calls": calls})
-        left = plan.compare(self.wanted, self.look())
-        told = [f"{step.kind} {step.name}: {step.why if step.action == 'change' else step.action}" for step in left]
-        if told:
+        if left := settled(lambda: plan.compare(self.wanted, self.look())):
+            told = [f"{step.kind} {step.name}: {step.why if step.action == 'change' else step.action}" for step in left]
             raise ProvisionError(
                 f"Google was asked for everything, and this is not so: {'; '.join(told)}",
                 "nothing left to do",
@@ -90,7 +94,7 @@ class Perimeter:
             "provision-gcp",
             {"gcp_state": "absent", "gcp_keep_bucket": keep, "gcp_doomed": doomed, "gcp_calls": calls},
         )
-        if left := standing(self.wanted, self.look(), keep_bucket=keep):
+        if left := settled(lambda: standing(self.wanted, self.look(), keep_bucket=keep)):
             raise ProvisionError(
                 f"Google still has {', '.join(left)}",
                 "nothing of the perimeter",
@@ -114,6 +118,15 @@ class Perimeter:
             ) from error
 
 
+def settled(left: Callable[[], list[T]], pauses: Sequence[float] = _PAUSES) -> list[T]:
+    """What is left once Google has had time: it says yes before it has done what modules do not wait for."""
+    for pause in pauses:
+        time.sleep(pause)
+        if not (found := left()):
+            break
+    return found
+
+
 def standing(wanted: Json, live: Live, *, keep_bucket: bool = False) -> list[str]:
     """The names of all that a tear-down takes away and that stands."""
     found = [f"machine {name}" for name in sorted(live.instances)]
@@ -126,7 +139,7 @@ def standing(wanted: Json, live: Live, *, keep_bucket: bool = False) -> list[str
 
 def insist(perimeter: Perimeter, what: list[str], confirm: str, production: str, verb: str) -> None:
     """RefusedError unless whoever asks has named the perimeter, and production a second time."""
-    in_production = perimeter.wanted["perimeter"] == "production"
+    in_production = any(name.startswith("prod") for name in (perimeter.name, perimeter.wanted["perimeter"]))
     if confirm == perimeter.name and (production == "yes" or not in_production):
         return
     told = f"CONFIRM={perimeter.name}{' PRODUCTION=yes' if in_production else ''}"

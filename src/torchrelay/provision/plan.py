@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torchrelay.config import Json
 from torchrelay.provision import facts
 from torchrelay.provision.google import COMPUTE, PROJECTS, STORAGE
-from torchrelay.provision.survey import Live
+from torchrelay.provision.survey import Live, is_ours
 
 Action = Literal["create", "change", "restart", "replace", "destroy"]
 # What Google changes on a machine that stands still only, and what on none at all.
@@ -110,12 +110,9 @@ def _grant_changes(wanted: dict[str, list[str] | None], policy: Json, site: Json
     """What our accounts lack, and what they have beyond what is wanted; nobody else's access is looked at."""
     asked = {(role, member) for role, members in wanted.items() for member in members or ()}
     there = facts.grants(policy.get("bindings", []))
-    return asked - there, {(role, member) for role, member in there - asked if _ours(member, site)}
-
-
-def _ours(member: str, site: Json) -> bool:
-    at_project = f"@{site['project']}.iam.gserviceaccount.com"
-    return member.startswith(f"serviceAccount:{site['name']}-") and member.endswith(at_project)
+    return asked - there, {
+        (role, member) for role, member in there - asked if is_ours(member.removeprefix("serviceAccount:"), site)
+    }
 
 
 def doomed(wanted: Json, live: Live) -> list[Step]:
