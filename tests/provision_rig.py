@@ -1,5 +1,6 @@
 """A checkout whose Google is the fake of tests/fake_google, and its verbs."""
 
+import json
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from fake_google.proxy import Proxy
 
 ROOT = Path(__file__).resolve().parents[1]
 PROJECT = "my-project-dev"
+FOREIGN = ("TORCHRELAY_", "GCP_", "ANSIBLE_")
 SHARED = ("Snakefile", "components", "roles", "playbooks", "ansible.cfg", "config")
 NODES = [
     {"name": "training-1", "role": "training", "machine_type": "g2-standard-4", "gpu_type": "nvidia-l4"},
@@ -42,24 +44,32 @@ class Site:
         """Lay these over the inventory's variables."""
         self._variables.write_text(yaml.safe_dump(yaml.safe_load(self._variables.read_text()) | variables))
 
-    def run(self, verb: str, *flags: str) -> "subprocess.CompletedProcess[str]":
-        environment = {
-            **{
-                key: value
-                for key, value in os.environ.items()
-                if not key.startswith(("TORCHRELAY_", "GCP_", "ANSIBLE_"))
-            },
+    def environment(self) -> dict[str, str]:
+        """What leads a program to this site, and to its Google."""
+        return {
+            **{name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)},
             **self.proxy.environment,
+            "GCP_AUTH_KIND": "accesstoken",
             "TORCHRELAY_ROOT": str(self.folder),
             "TORCHRELAY_STATE": str(self.state),
             "PYTHONPATH": str(ROOT / "src"),
-            "COLUMNS": "500",
         }
+
+    def listed(self) -> dict[str, Any]:
+        """What Google's inventory plugin makes of the machines."""
+        command = [Path(sys.executable).with_name("ansible-inventory"), "-i", "inventory/dev", "--list"]
+        home = {f"ANSIBLE_{name}": str(self.state / "ansible") for name in ("HOME", "LOCAL_TEMP", "REMOTE_TEMP")}
+        environment = self.environment() | home
+        done = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=True)
+        found: dict[str, Any] = json.loads(done.stdout)
+        return found
+
+    def run(self, verb: str, *flags: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "torchrelay", verb, "--perimeter", "dev", *flags]
         self._running = subprocess.Popen(
             command,
             cwd=self.folder,
-            env=environment,
+            env=self.environment(),
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

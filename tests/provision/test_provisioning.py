@@ -58,6 +58,7 @@ def test_it_is_made_as_planned_kept_changed_as_planned_and_taken_away(site: Site
     check_what_stands(site)
     check_that_again_changes_nothing(site)
     assert "is what it should be" in site.ok("verify-gcp")
+    check_the_inventory(site)
     check_that_drift_is_planned_and_mended(site)
     check_tear_down(site)
 
@@ -85,6 +86,14 @@ def check_what_stands(site: Site) -> None:
     assert granted(site) == {(role, account) for role in roles for account in both}
     assert granted(site, f"{PROJECT}-torchrelay-dev") == {("roles/storage.objectUser", "torchrelay-dev-training")}
     assert {"role": "roles/owner", "members": ["user:me@example.org"]} in site.cloud.policies[""]["bindings"]
+
+
+def check_the_inventory(site: Site) -> None:
+    found = site.listed()
+    both = ["torchrelay-dev-serving-1", "torchrelay-dev-training-1"]
+    assert found["training"]["hosts"] == both[1:] and found["serving"]["hosts"] == both[:1]
+    assert sorted(found["dev"]["hosts"]) == sorted(found["nodes"]["hosts"]) == both
+    assert found["_meta"]["hostvars"][both[0]]["ansible_host"].startswith("10.20.0.")
 
 
 def check_that_again_changes_nothing(site: Site) -> None:
