@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from fake_google.cloud import RefusedError
+from fake_google.cloud import API, RefusedError
 from fake_google.discovery import Request
 from provision_rig import PROJECT, Site
+from torchrelay.provision.google import Google
+from torchrelay.provision.survey import look
 
 NAMES = {
     "global/networks/torchrelay-dev",
@@ -227,6 +229,27 @@ def test_taking_away_killed_at_any_call_is_finished_by_a_rerun(site: Site) -> No
         site.ok("tear-down", "--confirm", "dev")
         assert site.names() == set()
         assert granted(site) == set()
+
+
+def test_what_only_has_a_similar_name_is_left_to_others(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in site.proxy.environment.items():
+        monkeypatch.setenv(name, value)
+    compute = f"projects/{PROJECT}"
+    for name, network in (("ours", "torchrelay-dev"), ("theirs", "torchrelay-dev-two")):
+        link = f"{API}/{compute}/global/networks/{network}"
+        site.cloud.compute[f"{compute}/global/firewalls/{name}"] = {"name": name, "network": link}
+        site.cloud.compute[f"{compute}/zones/europe-west4-a/instances/{name}"] = {
+            "name": name,
+            "zone": f"{API}/{compute}/zones/europe-west4-a",
+            "labels": {"torchrelay_perimeter": "dev"},
+            "networkInterfaces": [{"network": link}],
+        }
+        email = f"{network}-control@{PROJECT}.iam.gserviceaccount.com"
+        site.cloud.accounts[email] = {"email": email}
+    wanted = {"project": PROJECT, "region": "europe-west4", "name": "torchrelay-dev", "perimeter": "dev"}
+    live = look(Google(site.cloud.token), wanted | {"bucket": {"name": "a-bucket"}})
+    assert [*live.instances] == [*live.firewalls] == ["ours"]
+    assert live.accounts == {f"torchrelay-dev-control@{PROJECT}.iam.gserviceaccount.com"}
 
 
 def test_production_is_told_twice(site: Site) -> None:
