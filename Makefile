@@ -62,6 +62,22 @@ why: .venv/run.stamp ## Walk from an answer back to archive, run, data and commi
 rotate-keys: .venv/run.stamp ## Give a perimeter a new webhook secret and signing key, while it serves [PERIMETER=production]
 	$(RELAY) rotate-keys $(if $(PERIMETER),--perimeter '$(PERIMETER)')
 
+##@ Machines at Google
+.PHONY: plan-provision provision tear-down verify-gcp
+PERIMETER_FLAG = $(if $(PERIMETER),--perimeter '$(PERIMETER)')
+YES_FLAGS = $(if $(CONFIRM),--confirm '$(CONFIRM)') $(if $(PRODUCTION),--production '$(PRODUCTION)')
+plan-provision: .venv/run.stamp ## Say what provision would create, change or destroy, and its costs [PERIMETER=dev|prod]
+	$(RELAY) plan-provision $(PERIMETER_FLAG)
+
+provision: .venv/run.stamp ## Make a perimeter's network, bucket, accounts and machines [PERIMETER=dev|prod]
+	$(RELAY) provision $(PERIMETER_FLAG) $(YES_FLAGS)
+
+tear-down: .venv/run.stamp ## Take all of that away [PERIMETER=dev CONFIRM=dev; production: PRODUCTION=yes]
+	$(RELAY) tear-down $(PERIMETER_FLAG) $(YES_FLAGS)
+
+verify-gcp: .venv/run.stamp ## Ask Google whether the perimeter is what it should be [PERIMETER=dev|prod]
+	$(RELAY) verify-gcp $(PERIMETER_FLAG)
+
 ##@ Components
 .PHONY: new-component environment
 new-component: .venv/run.stamp ## Lay out components/NAME, which passes its tests at once [NAME=…]
@@ -75,8 +91,8 @@ environment: .venv/run.stamp ## Build the environment that a component trains an
 test: .venv/dev.stamp environment ## Run the tests; real servers, on this machine only [TESTS=tests/unit]
 	.venv/bin/pytest $(TESTS)
 
-test-faults: .venv/dev.stamp environment ## Run every fault, every bad model: about a quarter of an hour
-	.venv/bin/pytest tests/faults -m ''
+test-faults: .venv/dev.stamp environment ## Run every fault, every bad model: about half an hour [TESTS=tests/provision]
+	.venv/bin/pytest $(or $(TESTS),tests/faults tests/provision) -m ''
 
 check: .venv/dev.stamp requirements/node_modules/.package-lock.json ## Run every linter that CI runs
 	.venv/bin/python .ci/check.py

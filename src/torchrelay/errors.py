@@ -54,6 +54,10 @@ class UntrustedError(TorchrelayError):
     """A machine is not, or cannot be shown to be, the one that it was."""
 
 
+class ProvisionError(TorchrelayError):
+    """Google refused, failed, or did not answer; or what stands there is not what was asked for."""
+
+
 class BusyError(TorchrelayError):
     """Somebody else holds the lock, or the port, that this step needs."""
 

@@ -3,6 +3,7 @@
 import os
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from torchrelay.config import root, settings
@@ -12,19 +13,21 @@ from torchrelay.errors import ConfigError
 _TASK = re.compile(r"TASK \[(?:(?P<role>\w+) : )?(?P<task>.*?)\] \*+")
 
 
-def run_playbook(name: str, variables: Path, log: Path) -> None:
-    """Run `playbooks/<name>.yml` over the site's inventory with the extra variables of a JSON file.
+def run_playbook(
+    name: str, variables: Path, log: Path, inventory: Path | None = None, environment: Mapping[str, str] | None = None
+) -> None:
+    """Run `playbooks/<name>.yml` over the site's inventory, or another, with the extra variables of a JSON file.
 
     Raises ConfigError with what the first failed task said.
     """
     watch = _Watch()
     command: list[str | Path] = [
         Path(sys.executable).with_name("ansible-playbook"),
-        *("--inventory", settings().inventory),
+        *("--inventory", inventory or settings().inventory),
         *("--extra-vars", f"@{variables}"),
         root() / "playbooks" / f"{name}.yml",
     ]
-    status = run_logged(command, log, show=watch, environment=_environment(), folder=root())
+    status = run_logged(command, log, show=watch, environment={**_environment(), **(environment or {})}, folder=root())
     if status:
         raise ConfigError(
             f"{name} failed at {watch.task or 'its start'}: {' '.join(watch.said) or f'exit status {status}'}",
@@ -55,6 +58,7 @@ class _Watch:
         self.role = ""
         self.task = ""
         self.said: list[str] = []
+        self._saying = False
 
     def __call__(self, line: str) -> bool:
         """Look at one line of Ansible's output; False, since the line itself is for the log."""
@@ -63,6 +67,8 @@ class _Watch:
             if found["role"] and found["role"] != self.role:
                 self.role = found["role"]
                 say(f"  role {self.role}")
-        if line.startswith("[ERROR]: "):
+        # What Ansible says of an error may take several lines; where the task stands comes next, or nothing.
+        self._saying = line.startswith("[ERROR]: ") or (self._saying and not re.match(r"Origin: |\s*$", line))
+        if self._saying:
             self.said.append(line.removeprefix("[ERROR]: ").strip())
         return False

@@ -50,6 +50,9 @@ def inventory_variables(inventory: Path) -> dict[str, list[Path]]:
         if {"group_vars", "host_vars"} & set(path.relative_to(inventory).parts):
             for name in content:
                 found.setdefault(name, []).append(path)
+        elif "plugin" in content:  # asks for its hosts; its settings are the plugin's own
+            for name in content.get("compose", {}):
+                found.setdefault(name, []).append(path)
         else:
             for group in content.values():
                 walk(group or {}, path)
@@ -119,7 +122,11 @@ def test_variable_files_are_named_after_the_role_they_steer(inventory: Path) -> 
 
 @pytest.mark.parametrize(
     ("file", "line"),
-    [("group_vars/dev/serving.yml", "serving_prot: 1"), ("hosts.yml", "dev: {hosts: {dev-1: {serving_prot: 1}}}")],
+    [
+        ("group_vars/dev/serving.yml", "serving_prot: 1"),
+        ("hosts.yml", "dev: {hosts: {dev-1: {serving_prot: 1}}}"),
+        ("nodes.gcp.yml", "{plugin: google.cloud.gcp_compute, compose: {serving_prot: name}}"),
+    ],
 )
 def test_a_misspelt_variable_is_caught(tmp_path: Path, file: str, line: str) -> None:
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,1 @@
+"""A perimeter's machines, network and bucket at Google: planned from the live state, made, taken away."""
