@@ -22,7 +22,10 @@ LOCKS = [
 ]
 PACKAGE_LOCK = ROOT / "requirements" / "package-lock.json"
 # A module that is not called like the package that brings it.
-PACKAGES = {"yaml": "pyyaml", "model_signing": "model-signing", "ruamel": "ruamel-yaml", "PIL": "pillow"}
+PACKAGES = {
+    **{"yaml": "pyyaml", "model_signing": "model-signing", "ruamel": "ruamel-yaml", "PIL": "pillow"},
+    "google": "google-cloud-storage",  # with google.auth and google.api_core, which it asks for itself
+}
 # Imported where a component's environment runs, not in .venv.
 COMPONENTS_OWN = {"torch", "safetensors", "ts", "mlflow"}
 INSIDE_THE_ENGINE = {"handler.py", "prove.py"}

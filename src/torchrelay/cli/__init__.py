@@ -18,6 +18,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _VERBS = {
     "agent": "serve",
     "apply": "serve",
+    "back-up": "backup",
+    "backup-status": "backup",
     "build-environment": "legs",
     "clean": "site",
     "converge": "serve",
@@ -38,7 +40,9 @@ _VERBS = {
     "predict": "serve",
     "promote": "promote",
     "prove-archive": "legs",
+    "recovery-key": "backup",
     "register-model": "legs",
+    "restore": "backup",
     "rollback": "promote",
     "rotate-keys": "keys",
     "run-stage": "legs",
