@@ -1,6 +1,5 @@
 """A registry under writes, replicated by the real Litestream, that is lost and restored again and again."""
 
-import json
 import os
 import sqlite3
 import subprocess
@@ -30,7 +29,7 @@ class Loss:
 class Lost:
     """A database in `folder` with its backup in `place`."""
 
-    def __init__(self, folder: Path, place: str) -> None:
+    def __init__(self, folder: Path, place: str, megabytes: int = 0) -> None:
         database = folder / "mlflow.db"
         self.store = TrackingStore(database=database, artifacts=str(folder / "artifacts"), backup=place)
         self.file = folder / "store.json"
@@ -38,6 +37,9 @@ class Lost:
         write_json(self.file, self.store)
         with closing(sqlite3.connect(database)) as connection, connection:
             connection.execute("CREATE TABLE rows (number INTEGER PRIMARY KEY, filler TEXT)")
+            connection.execute("CREATE TABLE ballast (content BLOB)")
+            for _ in range(megabytes):
+                connection.execute("INSERT INTO ballast VALUES (randomblob(1048576))")
 
     def lose(self, seconds: float) -> Loss:
         """Write for so long, lose every file of the database in the middle of it, and restore."""
@@ -110,14 +112,3 @@ class _Writer:
                     return
                 self.acknowledged.append((number, time.time()))
                 time.sleep(0.005)
-
-
-def figures(losses: list[Loss]) -> str:
-    """For people, as JSON."""
-    return json.dumps(
-        {
-            "losses": len(losses),
-            "worst_recovery_point_s": round(max(one.recovery_point for one in losses), 2),
-            "worst_restore_s": round(max(one.restore for one in losses), 2),
-        }
-    )

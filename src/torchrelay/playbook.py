@@ -10,7 +10,10 @@ from torchrelay.console import run_logged, say
 from torchrelay.errors import ConfigError
 
 # A task that calls torchrelay fails with an error of ours, whose three parts are handed on.
-_TOLD = re.compile(r"(?P<found>\S.*?) +expected: +(?P<expected>\S.*?) +next: +(?P<next>\S.*)", re.DOTALL)
+_TOLD = re.compile(
+    r"(?:Task failed: )?(?:Action failed: )?(?P<found>\S.*?) +expected: +(?P<expected>\S.*?) +next: +(?P<next>\S.*)",
+    re.DOTALL,
+)
 _TASK = re.compile(r"TASK \[(?:(?P<role>\w+) : )?(?P<task>.*?)\] \*+")
 
 
@@ -29,7 +32,7 @@ def run_playbook(name: str, variables: Path, log: Path) -> None:
     status = run_logged(command, log, show=watch, environment=_environment(), folder=root())
     if status:
         said = " ".join(watch.said) or f"exit status {status}"
-        told = _TOLD.search(said) or {"found": said, "expected": "every task ok", "next": f"read {log}"}
+        told = _TOLD.match(said) or {"found": said, "expected": "every task ok", "next": f"read {log}"}
         raise ConfigError(
             f"{name} failed at {watch.task or 'its start'}: {told['found']}", told["expected"], told["next"]
         )

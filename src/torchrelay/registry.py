@@ -168,7 +168,7 @@ def transactions(database: Path, place: str, replica: Replica) -> Transactions |
     last = max(rows, key=lambda row: str(row["max_txid"]), default=None)
     if last is None:
         return None
-    same = [row["created_at"] for row in rows if row["max_txid"] == last["max_txid"]]
+    same = [row["timestamp"] for row in rows if row["max_txid"] == last["max_txid"]]
     return Transactions(last=str(last["max_txid"]), at=min(same))
 
 
