@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from torchrelay.config import BackupPlan, Settings, read_json, settings
+from torchrelay.config import BackupPlan, Settings, TrackingStore, read_json, settings, write_json
 from torchrelay.console import leg, paint, result, say, show_error
 from torchrelay.errors import ConfigError, TorchrelayError
 
@@ -108,6 +108,9 @@ def _put_in_place(here: Settings, place: str, restored: Path) -> None:
 
     with nodes.tracking_paused():
         kept = replace(nodes.database(), restored)
+        # A registry from a bucket's backup has its artifacts in that bucket, one from a folder's has them here.
+        store = TrackingStore(database=nodes.database(), artifacts=here.artifacts, backup=place)
+        write_json(nodes.database().with_name("store.json"), store)
         if not is_bucket(here.artifacts):
             say(f"  {restore_artifacts(place, Path(here.artifacts))} artifacts copied back")
     say(f"  the registry that was there: {kept}" if kept else "  there was no registry")
