@@ -403,6 +403,11 @@ class TrackingStore(Frozen):
     artifacts: str = Field(description="A folder, or a gs:// URL.")
     backup: str | None = Field(None, description="Folder or gs:// URL that the registry is replicated to, if it is.")
 
+    @property
+    def beside(self) -> bool:
+        """Whether the artifacts lie beside the registry, and move with it when the whole folder moves."""
+        return self.artifacts == str(self.database.with_name("artifacts"))
+
 
 class BackupPlan(Frozen):
     """`backup/plan.json`, written by the role `control`: which files are kept a second time, and where."""

@@ -34,7 +34,8 @@ RETENTION = "168h"
 SNAPSHOT = "24h"
 SYNC = "1s"
 _NAMES = 2**31 - 1
-_TOOL_S = 600
+_LOOK_S = 60
+_RESTORE_S = 3600
 _BUSY_S = 20
 
 
@@ -76,7 +77,9 @@ def _check_artifacts(store: TrackingStore) -> None:
     """Versions name their files relative to the artifact store: in another one they would be gone without a word."""
     described = store.database.with_name("store.json")
     local = str(store.database.with_name("artifacts"))
-    before = read_json(TrackingStore, described, "make up").artifacts if described.is_file() else local
+    before = local
+    if described.is_file() and not (there := read_json(TrackingStore, described, "make up")).beside:
+        before = there.artifacts
     if before == store.artifacts or not (runs := _runs(store.database)):
         return
     setting = "null" if not is_bucket(before) else before.removesuffix("/artifacts")
@@ -161,10 +164,9 @@ def latest(place: str, name: str | None = None, generation: int | None = None) -
 def transactions(database: Path, place: str, replica: Replica) -> Transactions | None:
     """What the replica holds, by Litestream's own word; None if there is nothing."""
     with _described(database, place, replica) as file:
-        done = _litestream("ltx", "-config", str(file), "-no-expand-env", "-level", "all", "-json", str(database))
-    if done.returncode:
-        raise _litestream_failed(place, done.stderr)
-    rows = json.loads(done.stdout or "[]") or []
+        words = ("ltx", "-config", str(file), "-no-expand-env", "-level", "all", "-json", str(database))
+        said = _litestream(place, _LOOK_S, *words)
+    rows = json.loads(said or "[]") or []
     last = max(rows, key=lambda row: str(row["max_txid"]), default=None)
     if last is None:
         return None
@@ -188,11 +190,8 @@ def fetch(database: Path, place: str, replica: Replica, at: str | None = None) -
     _remove(aside)
     with _described(database, place, replica) as file:
         when = ("-timestamp", at) if at else ()
-        words = ("-config", str(file), "-no-expand-env", "-o", str(aside), *when, str(database))
-        done = _litestream("restore", *words)
-    if done.returncode:
-        _remove(aside)
-        raise _litestream_failed(place, done.stderr)
+        words = ("restore", "-config", str(file), "-no-expand-env", "-o", str(aside), *when, str(database))
+        _litestream(place, _RESTORE_S, *words)
     generation = max(one.generation for one in replicas(place) if one.name == replica.name) + 1
     _finish(aside, generation)
     return aside
@@ -275,18 +274,29 @@ def _described(database: Path, place: str, replica: Replica) -> Iterator[Path]:
         yield file
 
 
-def _litestream(*words: str) -> "subprocess.CompletedProcess[str]":
-    environment = {**os.environ, **google_environment()}
-    command = [str(LITESTREAM), *words]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=_TOOL_S, check=False, stdin=subprocess.DEVNULL
-    )
+def _litestream(place: str, patience_s: int, *words: str) -> str:
+    """Run Litestream and give what it printed; it tries again by itself, so its patience is limited here."""
+    try:
+        done = subprocess.run(
+            [str(LITESTREAM), *words],
+            env={**os.environ, **google_environment()},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=patience_s,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise _litestream_failed(place, f"no end within {patience_s} s") from error
+    if done.returncode:
+        raise _litestream_failed(place, done.stderr)
+    return done.stdout
 
 
 def _litestream_failed(place: str, said: str) -> StorageError:
     return StorageError(
         f"Litestream could not read the backup in {place}: {' '.join(said.split())[-300:]}",
-        "a replica that can be read",
+        "a replica that can be read, and that reaches back to the time that was asked for",
         "make backup-status, then make doctor",
     )
 

@@ -77,6 +77,13 @@ def test_artifacts_stay_where_runs_look_for_them(
     assert caught.value.next_command.startswith(f"set bucket to {setting} in")
 
 
+def test_a_folder_that_moved_as_a_whole_is_no_other_place(store: TrackingStore, tmp_path: Path) -> None:
+    moved_from = TrackingStore(database=Path("/before/mlflow.db"), artifacts="/before/artifacts")
+    write_json(store.database.with_name("store.json"), moved_from)
+    execute(store.database, "CREATE TABLE runs (id)", "INSERT INTO runs VALUES (1)")
+    registry.check(store)
+
+
 def test_the_last_generation_is_found(store: TrackingStore) -> None:
     place = str(store.backup)
     for name, generation in (("0000beef", 0), ("0000beef", 11), ("0000beef", 2)):
