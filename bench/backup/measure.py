@@ -5,7 +5,8 @@
 A database of the tests (tests/registry_rig.py) takes a row every few milliseconds while Litestream replicates it, to a
 folder first and then to a bucket (gcp-storage-emulator, on this machine). Its files are deleted in the middle of it,
 the backup is fetched, checked and put in place, and again. The recovery point is the age of the oldest acknowledged row
-that did not come back. With --megabytes the registry has that size to begin with.
+that did not come back. With --megabytes the registry has that size to begin with; the emulator
+takes no upload of more than 16 MiB.
 """
 
 import argparse
@@ -43,7 +44,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--losses", type=int, default=20, help="how often each database is lost (default: 20)")
     parser.add_argument("--seconds", type=float, default=4, help="of writes before each loss (default: 4)")
-    parser.add_argument("--megabytes", type=int, default=50, help="size of the registry to begin with (default: 50)")
+    parser.add_argument("--megabytes", type=int, default=8, help="size of the registry to begin with (default: 8)")
     parser.add_argument("--quiet", type=float, default=0.6, help="load to wait for before measuring (default: 0.6)")
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for it at most (default: 0)")
     return parser.parse_args()
