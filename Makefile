@@ -78,6 +78,17 @@ tear-down: .venv/run.stamp ## Take all of that away [PERIMETER=dev CONFIRM=dev; 
 verify-gcp: .venv/run.stamp ## Ask Google whether the perimeter is what it should be [PERIMETER=dev|prod]
 	$(RELAY) verify-gcp $(PERIMETER_FLAG)
 
+##@ Backups
+.PHONY: backup-status restore recovery-key
+backup-status: .venv/run.stamp ## Say what of registry, artifacts and keys is in the backup, and how old that is
+	$(RELAY) backup-status
+
+restore: .venv/run.stamp ## Bring all of it back, in one command [CONFIRM=yes AT=time REGISTRY=name IDENTITY=file]
+	$(RELAY) restore $(if $(CONFIRM),--confirm '$(CONFIRM)') $(if $(AT),--at '$(AT)') $(if $(REGISTRY),--registry '$(REGISTRY)') $(if $(IDENTITY),--identity '$(IDENTITY)')
+
+recovery-key: .venv/run.stamp ## Make the key that the backup of private keys is encrypted for [FILE=…]
+	$(RELAY) recovery-key $(if $(FILE),--file '$(FILE)')
+
 ##@ Components
 .PHONY: new-component environment
 new-component: .venv/run.stamp ## Lay out components/NAME, which passes its tests at once [NAME=…]
@@ -97,7 +108,7 @@ test-faults: .venv/dev.stamp environment ## Run every fault, every bad model: ab
 check: .venv/dev.stamp requirements/node_modules/.package-lock.json ## Run every linter that CI runs
 	.venv/bin/python .ci/check.py
 
-bench: .venv/run.stamp environment ## Measure against peers, see docs/performance.md [BENCH=serving|redeploy|memory|pipeline|fresh|cli|canary|predictions|rollout|recovery]
+bench: .venv/run.stamp environment ## Measure against peers, see docs/performance.md [BENCH=serving|redeploy|memory|pipeline|fresh|cli|canary|predictions|rollout|recovery|backup]
 	.venv/bin/python bench/$(or $(BENCH),serving)/run $(ARGS)
 
 bench-rollout: .venv/run.stamp environment ## Measure roll-outs under load, recovery from faults, bad and good models: an hour

@@ -19,9 +19,16 @@ from torchrelay.errors import ConfigError
 
 Json = dict[str, Any]
 M = TypeVar("M", bound=BaseModel)
+# What TORCHRELAY_<NAME> sets besides the parts of `listen` and `backup`.
+_FROM_ENVIRONMENT = (
+    *("component", "state", "keys", "port_base", "inventory"),
+    *("variant", "production_nodes", "poll_s", "bucket"),
+)
 Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,62}$")]
 _LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 _HOST_NAME = re.compile(rf"(?=.{{1,253}}$)(?!(.*\.)?[0-9]+$){_LABEL}(\.{_LABEL})*")
+_BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,220}[a-z0-9](/[A-Za-z0-9_-][A-Za-z0-9._-]*)*")
+_RECIPIENT = re.compile(r"age1[02-9ac-hj-np-z]{58}")
 
 
 class Frozen(BaseModel):
@@ -247,6 +254,30 @@ def is_loopback(address: str) -> bool:
     return ipaddress.ip_address(address).is_loopback
 
 
+class Backup(Frozen):
+    """What is kept a second time: the registry, artifacts that lie in a local folder, and keys."""
+
+    folder: Path | None = Field(
+        None,
+        description="Folder that backups go to where there is no bucket, best on another disk; null: none are made.",
+    )
+    recipient: str | None = Field(
+        None,
+        description="Public age key (age1…, see make recovery-key) that a backup's private keys are encrypted for; "
+        "null: keys are left out.",
+    )
+
+    @model_validator(mode="after")
+    def _can_be_written(self) -> Self:
+        if self.recipient is not None and not _RECIPIENT.fullmatch(self.recipient):
+            raise ConfigError(
+                f"backup.recipient is {self.recipient!r}",
+                "a public age key: age1 and 58 more characters",
+                "make recovery-key, and set backup.recipient to what it prints",
+            )
+        return self
+
+
 class Settings(Frozen):
     """`config/defaults.yaml` under `config/local.yaml` under the environment."""
 
@@ -265,11 +296,44 @@ class Settings(Frozen):
     )
     production_nodes: int = Field(2, ge=1, le=2, description="Serving nodes of local production; 1 on a small laptop.")
     poll_s: int = Field(30, ge=1, description="How often production looks at the registry when nothing wakes it.")
+    bucket: str | None = Field(
+        None,
+        description="gs://name[/prefix], for artifacts, DVC's remote and backups; null: folders of this machine.",
+    )
+    backup: Backup = Backup()
     listen: Listen = Listen()
     retention: Retention = Retention()
     components: dict[Name, Json] = Field(
         default_factory=dict, description="Overrides laid over a component's component.yaml, by name."
     )
+
+    @model_validator(mode="after")
+    def _has_one_place_for_backups(self) -> Self:
+        if self.bucket is not None and not _BUCKET.fullmatch(self.bucket):
+            raise ConfigError(
+                f"bucket is {self.bucket!r}",
+                "gs://name or gs://name/prefix, without a trailing slash",
+                "set bucket in config/local.yaml (TORCHRELAY_BUCKET)",
+            )
+        if self.bucket and self.backup.folder:
+            raise ConfigError(
+                f"bucket is {self.bucket} and backup.folder is {self.backup.folder}",
+                "one of the two: with a bucket, backups go there",
+                "set backup.folder to null in config/local.yaml (and unset TORCHRELAY_BACKUP_FOLDER)",
+            )
+        return self
+
+    @property
+    def artifacts(self) -> str:
+        """Where the tracking server keeps artifacts: a gs:// URL, or a folder."""
+        return f"{self.bucket}/artifacts" if self.bucket else str(self.state / "tracking" / "artifacts")
+
+    @property
+    def backups(self) -> str | None:
+        """Where backups go: a gs:// URL, a folder, or None."""
+        if self.bucket:
+            return f"{self.bucket}/backup"
+        return str(self.backup.folder) if self.backup.folder else None
 
 
 class Ssh(Frozen):
@@ -330,6 +394,28 @@ class Site(Frozen):
     supervisor: Path = Field(description="Control socket of supervisord.")
     tracking: TrackingServer
     perimeters: dict[str, Perimeter]
+
+
+class TrackingStore(Frozen):
+    """`store.json` beside the tracking server's files, written by the role `tracking`: where its data are."""
+
+    database: Path = Field(description="The registry, in SQLite.")
+    artifacts: str = Field(description="A folder, or a gs:// URL.")
+    backup: str | None = Field(None, description="Folder or gs:// URL that the registry is replicated to, if it is.")
+
+    @property
+    def beside(self) -> bool:
+        """Whether the artifacts lie beside the registry, and move with it when the whole folder moves."""
+        return self.artifacts == str(self.database.with_name("artifacts"))
+
+
+class BackupPlan(Frozen):
+    """`backup/plan.json`, written by the role `control`: which files are kept a second time, and where."""
+
+    place: str = Field(description="Folder or gs:// URL.")
+    artifacts: Path | None = Field(None, description="Folder of artifacts; None: they are in a bucket already.")
+    keys: Path = Field(description="Folder of the private keys.")
+    recipient: str | None = Field(None, description="Public age key that they are encrypted for; None: left out.")
 
 
 class PublicPlace(Frozen):
@@ -440,25 +526,32 @@ def settings() -> Settings:
     merged = read_yaml(folder / "defaults.yaml")
     if overlay.is_file() or "TORCHRELAY_CONFIG" in os.environ:
         merged = merge(merged, read_yaml(overlay))
-    for key in ("component", "state", "keys", "port_base", "inventory", "variant", "production_nodes", "poll_s"):
+    for key in _FROM_ENVIRONMENT:
         if value := os.environ.get(f"TORCHRELAY_{key.upper()}"):
             merged[key] = value
-    if listen := _listen_of_environment():
-        merged = merge(merged, {"listen": listen})
+    merged = merge(merged, {"listen": _listen_of_environment(), "backup": _of_environment("backup", Backup)})
     found = validated(Settings, merged, overlay if overlay.is_file() else folder / "defaults.yaml")
     absolute = {
         "state": root() / found.state,
         "keys": found.keys.expanduser(),
         "inventory": root() / found.inventory,
         "listen": _absolute(found.listen),
+        "backup": found.backup.model_copy(
+            update={"folder": root() / found.backup.folder.expanduser() if found.backup.folder else None}
+        ),
     }
     return found.model_copy(update=absolute)
 
 
+def _of_environment(part: str, model: type[BaseModel]) -> Json:
+    """TORCHRELAY_<PART>_<FIELD> for each field of that part of the settings."""
+    given = {key: os.environ.get(f"TORCHRELAY_{part}_{key}".upper()) for key in model.model_fields}
+    return {key: value for key, value in given.items() if value}
+
+
 def _listen_of_environment() -> Json:
     """TORCHRELAY_LISTEN_ADDRESS, _NAMES (with commas between them), _CERTIFICATE and _KEY."""
-    given = {key: os.environ.get(f"TORCHRELAY_LISTEN_{key.upper()}") for key in Listen.model_fields}
-    found: Json = {key: value for key, value in given.items() if value}
+    found = _of_environment("listen", Listen)
     if "names" in found:
         found["names"] = [name.strip() for name in found["names"].split(",")]
     return found

@@ -20,6 +20,7 @@ from torchrelay.config import Frozen, component_names, read_yaml, root, settings
 from torchrelay.console import run_logged
 from torchrelay.errors import DataError
 from torchrelay.handover import DataVersion
+from torchrelay.storage import EMULATOR, google_environment
 
 Stage = Literal["extract", "validate", "prepare"]
 
@@ -29,7 +30,8 @@ STAGES: dict[Stage, tuple[tuple[str, ...], str]] = {
     "validate": (("raw",), "validated"),
     "prepare": (("raw", "validated"), "prepared"),
 }
-WRITTEN = "# Written by torchrelay: the state folder is not the checkout's own."
+_SIGNED = "# Written by torchrelay"
+WRITTEN = f"{_SIGNED}: the state folder is not the checkout's own, or there is a bucket."
 
 
 class Seen(Frozen):
@@ -65,7 +67,7 @@ def reproduce(component: str, log: Path) -> None:
     Raises DataError in the words of the data.py that failed, or with the log's name.
     """
     register_components()
-    _place_cache()
+    place_remote()
     inputs, source, code = _read_by(component)
     log.unlink(missing_ok=True)
     seen = _seen(component)
@@ -151,6 +153,7 @@ def _environment() -> dict[str, str]:
         "DVC_NO_ANALYTICS": "1",
         "DVC_SITE_CACHE_DIR": str(settings().state / "dvc" / "site"),
         "PYTHONUNBUFFERED": "1",
+        **google_environment(),
     }
 
 
@@ -166,20 +169,36 @@ def _failure(component: str, log: Path) -> DataError:
     return DataError(f"{told[1]} (log: {log})", told[2], told[3])
 
 
-def _place_cache() -> None:
-    """Keep DVC's cache and remote in the state folder, wherever that is."""
+def place_remote() -> None:
+    """Keep DVC's cache and remote in the state folder, wherever that is, or the remote in the bucket of the settings.
+
+    `.dvc/config.local` is written, unless there is one of the user's own.
+    """
     local = root() / ".dvc" / "config.local"
-    ours = not local.is_file() or local.read_text(encoding="utf-8").startswith(WRITTEN)
-    if settings().state.resolve() == (root() / ".torchrelay").resolve():
-        if ours:
-            local.unlink(missing_ok=True)
+    before = local.read_text(encoding="utf-8") if local.is_file() else None
+    if before is not None and not before.startswith(_SIGNED):
         return
-    if ours:
-        folder = settings().state.resolve() / "dvc"
-        text = (
-            f"{WRITTEN}\n[cache]\n    dir = {folder / 'cache'}\n['remote \"local\"']\n    url = {folder / 'remote'}\n"
-        )
-        write_file(local, text.encode())
+    wanted = _own_config()
+    if wanted is None:
+        local.unlink(missing_ok=True)
+    elif wanted != before:
+        write_file(local, wanted.encode())
+
+
+def _own_config() -> str | None:
+    """What `.dvc/config.local` must say; None where `.dvc/config` says all."""
+    here, parts = settings(), []
+    if here.state.resolve() != (root() / ".torchrelay").resolve():
+        folder = here.state.resolve() / "dvc"
+        parts += [f"[cache]\n    dir = {folder / 'cache'}", f"['remote \"local\"']\n    url = {folder / 'remote'}"]
+    if here.bucket:
+        parts += ["[core]\n    remote = bucket", f"['remote \"bucket\"']\n    url = {here.bucket}/dvc{_emulated()}"]
+    return "\n".join((WRITTEN, *parts, "")) if parts else None
+
+
+def _emulated() -> str:
+    emulator = os.environ.get(EMULATOR)
+    return f"\n    endpointurl = {emulator}\n    allow_anonymous_login = true" if emulator else ""
 
 
 # --- fingerprints ----------------------------------------------------------------------------------------------------

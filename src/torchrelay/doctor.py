@@ -236,6 +236,29 @@ def data_remote() -> Finding:
     )
 
 
+def bucket() -> list[Finding]:
+    """The bucket of the settings can be listed, with the credentials that Google's library finds."""
+    from torchrelay.storage import BucketStore
+
+    url = settings().bucket
+    if url is None:
+        return []
+    BucketStore(url).answers()
+    emulator = os.environ.get("STORAGE_EMULATOR_HOST")
+    return [Finding("bucket", True, f"{url} answers{f', at the emulator {emulator}' if emulator else ''}", "")]
+
+
+def backups() -> list[Finding]:
+    """What the settings want backed up is in the backup; nothing where they want nothing, or before `make up`."""
+    from torchrelay import nodes
+    from torchrelay.backup import status
+
+    if settings().backups is None or not _configured():
+        return []
+    rows = status(settings(), nodes.database(), *nodes.registry_backup_runs())
+    return [Finding(f"backup of {row.name}", row.ok, row.found, row.next_command) for row in rows]
+
+
 def supervisor() -> Finding:
     """Supervisord answers, or is down without leaving anything behind."""
     folder = settings().state / "supervisor"
@@ -320,7 +343,8 @@ def _tracking_environment() -> dict[str, str] | None:
 _Check = Callable[[], Finding | list[Finding]]
 _CHECKS: tuple[_Check, ...] = (
     *(python, make, git, clock, disk, memory, packages, java, gateway),
-    *(keys, certificates, environments, data_remote, ports, supervisor, tracking, orchestrators, webhooks),
+    *(keys, certificates, environments, data_remote, bucket, backups, ports, supervisor),
+    *(tracking, orchestrators, webhooks),
 )
 
 

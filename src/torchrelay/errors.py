@@ -32,6 +32,10 @@ class TrackingError(TorchrelayError):
     """The tracking server did not answer, or refused."""
 
 
+class StorageError(TorchrelayError):
+    """A bucket, or the folder of the backups, cannot be reached or does not hold what it should."""
+
+
 class ArchiveError(TorchrelayError):
     """An archive is not what its manifest or its signature says."""
 

@@ -30,6 +30,7 @@ from torchrelay.config import (
 from torchrelay.console import MARK, leg, say
 from torchrelay.errors import BusyError, ConfigError, ServingError
 from torchrelay.playbook import run_playbook
+from torchrelay.storage import google_environment
 
 if TYPE_CHECKING:
     from torchrelay.serving.supervisor import Supervisor
@@ -38,6 +39,7 @@ _LOCK_SECONDS = 300
 _TRACKING_SECONDS = 180
 _DAEMON_SECONDS = 60
 _LEG_ROUNDS = 3
+_TRACKING, _REGISTRY_BACKUP, _BACKUP = "tracking", "registry-backup", "backup"
 _QUIET_SECONDS = 2
 
 
@@ -84,6 +86,7 @@ def start(wait: bool = True) -> None:
         supervisor.remove(name)
     for file in _services(here):
         supervisor.ensure(read_json(Program, file, "make up"))
+    _keep_backups(supervisor)
     _open_front(supervisor)
     if wait:
         _await_tracking(here.tracking.url, program.log)
@@ -133,6 +136,54 @@ def _services(here: Site) -> Iterator[Path]:
         yield from (node.folder / "keeper.json" for node in perimeter.nodes)
         if perimeter.orchestrator:
             yield settings().state / "perimeters" / name / "orchestrator.json"
+
+
+def _keep_backups(supervisor: "Supervisor") -> None:
+    """What makes backups runs if the settings ask for any, and is gone if not."""
+    from torchrelay.serving.engine import Program
+
+    for name, file in _backup_programs().items():
+        if file.is_file():
+            supervisor.ensure(read_json(Program, file, "make up"))
+        elif (supervisor.programs / f"{name}.conf").is_file():
+            supervisor.remove(name)
+
+
+def _backup_programs() -> dict[str, Path]:
+    state = settings().state
+    return {
+        _REGISTRY_BACKUP: state / "tracking" / "registry-backup.json",
+        _BACKUP: state / "backup" / "program.json",
+    }
+
+
+def registry_backup_runs() -> tuple[bool, bool]:
+    """Whether the site is up, and whether Litestream runs."""
+    supervisor = _supervisor()
+    return supervisor.answers(), supervisor.running(_REGISTRY_BACKUP)
+
+
+def database() -> Path:
+    """The registry's own file."""
+    return settings().state / "tracking" / "mlflow.db"
+
+
+@contextmanager
+def tracking_paused() -> Iterator[None]:
+    """While nobody has the registry open: neither the tracking server, nor what makes backups, nor a configure.
+
+    What serves goes on. `start` brings the programs back.
+    """
+    from torchrelay.serving.supervisor import end_strays
+
+    with _alone():
+        supervisor = _supervisor()
+        for name in (_TRACKING, _REGISTRY_BACKUP, _BACKUP):
+            if supervisor.answers():
+                supervisor.remove(name)
+            else:
+                end_strays(supervisor.socket, name)
+        yield
 
 
 def _left_over(here: Site) -> list[str]:
@@ -234,6 +285,10 @@ def _variables() -> Json:
             "beyond_loopback": here.listen.beyond_loopback,
             "hosts": here.listen.hosts,
         },
+        "checkout_artifacts": here.artifacts,
+        "checkout_backups": here.backups or "",
+        "checkout_backup_recipient": here.backup.recipient or "",
+        "checkout_google": google_environment() if here.bucket else {},
     }
 
 
@@ -247,7 +302,7 @@ def _stamp() -> Path:
 
 def _configured() -> bool:
     """Whether the last run of the roles read what is there now, and what it wrote is still as it was."""
-    needed = (_stamp(), settings().state / "tracking" / "mlflow.db", webhook_key())
+    needed = (_stamp(), database(), webhook_key())
     if not all(path.is_file() for path in needed) or _certificates_due():
         return False
     stamp: Json = json.loads(_stamp().read_bytes())
@@ -299,7 +354,11 @@ def _written() -> list[Path]:
     patterns = ("node.json", "keeper.json", "trust/*")
     each = [path for pattern in patterns for path in sorted(state.glob(f"perimeters/*/nodes/*/{pattern}"))]
     each += sorted(state.glob("perimeters/*/orchestrator.json"))
-    tracking = [state / "tracking" / name for name in ("program.json", "with-key", "front/front.json")]
+    tracking = [
+        state / "tracking" / name
+        for name in ("program.json", "with-key", "store.json", "registry-backup.json", "front/front.json")
+    ]
+    tracking += [state / "backup" / name for name in ("plan.json", "program.json")]
     certificates = [*own_certificates(), server_certificate()]
     return [state / "site.json", *tracking, *certificates, _supervisord_conf(), *each]
 

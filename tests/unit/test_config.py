@@ -159,6 +159,39 @@ def test_listening_is_set_by_the_environment_over_the_overlay(checkout: Path, mo
     assert (found.certificate, found.key) == (checkout / "tls" / "c.pem", Path.home() / "k.pem")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "found", "next_command"),
+    [
+        ({"bucket": "my-bucket"}, "bucket is 'my-bucket'", "TORCHRELAY_BUCKET"),
+        ({"bucket": "gs://b"}, "bucket is 'gs://b'", "TORCHRELAY_BUCKET"),
+        ({"bucket": "gs://bucket/"}, "bucket is 'gs://bucket/'", "TORCHRELAY_BUCKET"),
+        ({"bucket": "gs://bucket/../other"}, "bucket is 'gs://bucket/../other'", "TORCHRELAY_BUCKET"),
+        ({"bucket": "gs://bucket", "backup": {"folder": "/b"}}, "and backup.folder is /b", "backup.folder to null"),
+        ({"backup": {"recipient": "AGE-SECRET-KEY-1"}}, "backup.recipient is", "make recovery-key"),
+    ],
+)
+def test_a_bucket_is_a_gs_url_and_backups_have_one_place(
+    wrong: dict[str, object], found: str, next_command: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.model_validate(wrong)
+    assert found in caught.value.found
+    assert next_command in caught.value.next_command
+
+
+def test_the_bucket_decides_for_artifacts_and_backups(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = settings()
+    assert (here.artifacts, here.backups) == (str(checkout / ".torchrelay" / "tracking" / "artifacts"), None)
+    monkeypatch.setenv("TORCHRELAY_BACKUP_FOLDER", "~/copies")
+    settings.cache_clear()
+    assert settings().backups == str(Path.home() / "copies")
+    monkeypatch.delenv("TORCHRELAY_BACKUP_FOLDER")
+    monkeypatch.setenv("TORCHRELAY_BUCKET", "gs://models/relay")
+    settings.cache_clear()
+    here = settings()
+    assert (here.artifacts, here.backups) == ("gs://models/relay/artifacts", "gs://models/relay/backup")
+
+
 def test_settings_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         validated(Settings, {}, Path("x")).port_base = 1

@@ -294,3 +294,25 @@ def test_the_cache_follows_the_state_folder(checkout, monkeypatch, tmp_path):
 def test_stages_find_this_python(checkout):
     path = data._environment()["PATH"].split(os.pathsep)
     assert path[0] == str(Path(sys.executable).parent)
+
+
+def test_a_bucket_is_the_default_remote_and_the_emulator_is_told(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = checkout / ".dvc" / "config.local"
+    monkeypatch.delenv("TORCHRELAY_STATE", raising=False)
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setenv("TORCHRELAY_BUCKET", "gs://models/relay")
+    config.settings.cache_clear()
+    data.place_remote()
+    assert "[core]\n    remote = bucket\n['remote \"bucket\"']\n    url = gs://models/relay/dvc\n" in local.read_text()
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9023")
+    data.place_remote()
+    assert "    endpointurl = http://127.0.0.1:9023\n    allow_anonymous_login = true\n" in local.read_text()
+    monkeypatch.delenv("TORCHRELAY_BUCKET")
+    config.settings.cache_clear()
+    data.place_remote()
+    assert not local.exists()
+    local.write_text("['remote \"mine\"']\n    url = /mine\n")
+    data.place_remote()
+    assert "mine" in local.read_text()

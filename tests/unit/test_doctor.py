@@ -184,6 +184,30 @@ def test_a_checkout_without_a_data_remote(checkout: Path) -> None:
     assert not doctor.data_remote().ok
 
 
+def test_a_bucket_that_is_not_to_be_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.bucket() == []
+    monkeypatch.setenv("TORCHRELAY_BUCKET", "gs://models")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
+    config.settings.cache_clear()
+    (found,) = doctor._checked(doctor.bucket)
+    assert (found.name, found.ok) == ("bucket", False)
+    assert found.remedy == "start the emulator at http://127.0.0.1:9, or unset STORAGE_EMULATOR_HOST"
+
+
+def test_a_registry_that_is_lost_and_backed_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert doctor.backups() == []
+    monkeypatch.setenv("TORCHRELAY_BACKUP_FOLDER", str(tmp_path / "backup"))
+    config.settings.cache_clear()
+    site(1)
+    file = tmp_path / "backup" / "registry" / "0000beef" / "0000" / "ltx" / "0" / "1-1.ltx"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    found = {finding.name: finding for finding in doctor.backups()}
+    assert not found["backup of registry"].ok
+    assert found["backup of registry"].remedy == "make restore"
+    assert found["backup of artifacts"].ok and found["backup of keys"].ok
+
+
 def test_a_port_of_somebody_else_is_named() -> None:
     assert doctor.ports().ok
     with socket.socket() as other:

@@ -18,6 +18,8 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _VERBS = {
     "agent": "serve",
     "apply": "serve",
+    "back-up": "backup",
+    "backup-status": "backup",
     "build-environment": "legs",
     "clean": "site",
     "converge": "serve",
@@ -40,7 +42,9 @@ _VERBS = {
     "promote": "promote",
     "prove-archive": "legs",
     "provision": "provision",
+    "recovery-key": "backup",
     "register-model": "legs",
+    "restore": "backup",
     "rollback": "promote",
     "rotate-keys": "keys",
     "run-stage": "legs",

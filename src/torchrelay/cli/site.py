@@ -16,10 +16,11 @@ from torchrelay.errors import ConfigError, TorchrelayError
 @click.command()
 def up() -> None:
     """Start everything of this site and bring its nodes to what they were last asked to serve."""
-    from torchrelay import nodes
+    from torchrelay import data, nodes
 
     with leg("up", str(settings().state)):
         nodes.configure(settings().state / "logs" / "configure.log")
+        data.place_remote()
         nodes.start(wait=False)
         folders = [node.folder for perimeter in site().perimeters.values() for node in _used(perimeter)]
         # What lies on a node serves without the tracking server, which takes seconds to come up.
