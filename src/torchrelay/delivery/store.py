@@ -111,7 +111,9 @@ class Store:
 
     def state(self, component: str) -> State:
         """One component; an empty one where there is none."""
-        return self.states().get(component) or State(component=component)
+        with self._connection() as connection:
+            row = connection.execute("SELECT state FROM component WHERE name = ?", (component,)).fetchone()
+        return State.model_validate_json(row[0]) if row else State(component=component)
 
     def save(self, state: State, token: int) -> None:
         """Replace the component's state; BusyError if the lease is no longer that of `token`."""
