@@ -16,11 +16,13 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def _settings_of_its_own() -> Iterator[None]:
-    """What a test read of the settings, under variables of its own, is no other test's."""
+    """What a test read of the settings, and the log that it named, are no other test's."""
+    from torchrelay import console
     from torchrelay.config import settings
 
     yield
     settings.cache_clear()
+    console._Log.path = None
 
 
 @pytest.fixture(scope="session")

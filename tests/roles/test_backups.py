@@ -40,7 +40,9 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _afresh(state: Path) -> None:
+    """The site as the settings want it, whatever the test before has left."""
     config.settings.cache_clear()
+    nodes.configure(state / "logs" / "afresh.log")
 
 
 def test_they_describe_what_is_kept_and_what_keeps_it(state: Path) -> None:
